@@ -1,0 +1,28 @@
+"""RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, stored here as 1 + w)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`x · rsqrt(mean(x²) + eps) · scale` over the last dimension, in `scale`'s precision, returned in `x`'s dtype.
+
+    x [..., D]; scale [D], which is `1 + w` of the checkpoint, float32 or wider.
+    """
+    return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm first, then gate: `weight · norm(x) · silu(gate)`, returned in `gate`'s dtype.
+
+    x [..., D] float32 or wider; gate [..., D] model dtype; weight [D] is plain (no + 1). The normed value passes
+    through the model dtype before the weight, as in the published model.
+    """
+    normed = F.rms_norm(x, (x.shape[-1],), None, eps).to(gate.dtype).to(x.dtype)
+    return (normed * weight * F.silu(gate.to(x.dtype))).to(gate.dtype)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x · rsqrt(sum(x²) + eps)` over the last dimension (a sum, not a mean). x [..., D] float32 or wider."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

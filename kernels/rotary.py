@@ -1,0 +1,22 @@
+"""Rotary position embedding on the first dimensions of each head. Source: Qwen3.5, half-split pairs (i, i + D_rot/2)."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, 1, rotary_dim / 2] of `position · theta^(-2j / rotary_dim)`, computed in `dtype` (fp32 or wider).
+
+    positions [N] int64. Text only: the three rows of the multimodal rope are equal, which makes it plain rope.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype) / rotary_dim
+    angles = positions.to(dtype)[:, None, None] * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate dims [0, D_rot) of x [N, heads, D]; the rest passes through. cos, sin [N, 1, D_rot / 2]."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

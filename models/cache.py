@@ -1,0 +1,94 @@
+"""The device memory that lives longer than one forward pass: tensors, shapes and byte sizes. No policy.
+
+L_full full-attention layers, L_mtp draft layers, L_delta delta-net layers, R rows (row 0 is padding, never a request),
+page 0 is padding too. K = mtp_step drafts per step, T = K + 1 rows of a verify step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gated_delta_rule import DeltaRing
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Paged keys and values [L_full + L_mtp, 2, pages, page_size, H_kv, D]; the draft layers are simply the last."""
+
+    data: Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.data.shape[3]
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig, num_mtp_layers: int, num_pages: int, page_size: int, dtype: torch.dtype, device: str
+    ) -> "KVCache":
+        layers = config.num_full_layers + num_mtp_layers
+        shape = (layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        return KVCache(torch.zeros(shape, dtype=dtype, device=device))
+
+
+@dataclass(frozen=True)
+class GDNCache:
+    """One state per request and layer, and the rings that let it stand behind the newest tokens.
+
+    state [L_delta, R, HV, DK, DV] and ring (see DeltaRing, with a leading L_delta) in float32 or wider;
+    conv_ring [L_delta, R, conv_ring_len, C] in the model dtype. A row's state stands at seq_len - accept_len.
+    """
+
+    state: Tensor
+    ring: DeltaRing
+    conv_ring: Tensor
+
+    @staticmethod
+    def allocate(config: ModelConfig, mtp_step: int, num_rows: int, dtype: torch.dtype, device: str) -> "GDNCache":
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(config.num_delta_layers, num_rows, *shape, dtype=dtype, device=device)
+
+        wide = torch.promote_types(dtype, torch.float32)
+        rows_per_step = mtp_step + 1
+        ring_len = _power_of_two(2 * rows_per_step)
+        conv_ring_len = _power_of_two(rows_per_step + config.conv_width - 1)
+        key_heads, value_heads = config.delta_key_heads, config.delta_value_heads
+        key_dim, value_dim = config.delta_key_dim, config.delta_value_dim
+        return GDNCache(
+            state=zeros(value_heads, key_dim, value_dim, dtype=wide),
+            ring=DeltaRing(
+                k=zeros(ring_len, key_heads, key_dim, dtype=wide),
+                u=zeros(ring_len, value_heads, value_dim, dtype=wide),
+                alpha=zeros(ring_len, value_heads, dtype=wide),
+            ),
+            conv_ring=zeros(conv_ring_len, config.conv_channels, dtype=dtype),
+        )
+
+    def reset(self, row: int) -> None:
+        """Make the row that of an empty sequence: zero state, zero convolution history."""
+        self.state[:, row] = 0
+        self.conv_ring[:, row] = 0
+
+    def layer_ring(self, layer: int) -> DeltaRing:
+        return DeltaRing(*(part[layer] for part in self.ring))
+
+    @property
+    def state_bytes_per_row(self) -> int:
+        return self.state[:, 0].nbytes
+
+    @property
+    def ring_bytes_per_row(self) -> int:
+        return sum(part[:, 0].nbytes for part in (*self.ring, self.conv_ring))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """All device state that layers read and write."""
+
+    kv: KVCache
+    gdn: GDNCache
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

@@ -1,0 +1,24 @@
+"""RMSNorm with zero-centred checkpoint weights."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rms_norm import rms_norm
+from models.weight_slot import WeightSlot
+
+
+class RMSNorm(nn.Module):
+    """x [..., size] -> the same shape. The scale 1 + w is kept in float32 or wider: bf16 would lose bits of a small w."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(size, dtype=torch.promote_types(dtype, torch.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale, self.eps)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{prefix}.weight", self.scale, shift=1.0)

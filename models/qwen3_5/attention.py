@@ -1,0 +1,60 @@
+"""Qwen3.5's full-attention layer: grouped queries, q/k norm, partial rotary, sigmoid output gate.
+
+N tokens, HQ query heads, HKV key-value heads, D head dimension.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import causal_attention, paged_attention, store_kv
+from kernels.rotary import apply_rotary
+from models.config import ModelConfig
+from models.forward_batch import ForwardBatch
+from models.layers.linear import Linear, StackedLinear
+from models.layers.norm import RMSNorm
+from models.weight_slot import WeightSlot
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """x [N, H] -> [N, H]. `layer` is the index in the KV cache."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        kv_size = self.num_kv_heads * self.head_dim
+        parts = {"q_proj": 2 * self.num_heads * self.head_dim, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = StackedLinear(config.hidden_size, parts, dtype)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+        self.out = Linear(self.num_heads * self.head_dim, config.hidden_size, dtype)
+
+    def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
+        q_gate, k, v = self.qkv(x)
+        q, gate = q_gate.unflatten(-1, (self.num_heads, 2 * self.head_dim)).chunk(2, dim=-1)  # [N, HQ, D] each
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q = apply_rotary(self.q_norm(q), *rotary)
+        k = apply_rotary(self.k_norm(k), *rotary)
+        out = self._attend(q, k, v, forward) * gate.sigmoid()
+        return self.out(out.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, forward: ForwardBatch) -> Tensor:
+        view = forward.view
+        if view is None:
+            batch = len(forward.query_lens)
+            q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+            return causal_attention(q, k, v).flatten(0, 1)
+        kv = view.cache.kv.data[self.layer]
+        store_kv(k, v, kv, forward.slots)
+        return paged_attention(q, kv, view.page_table, forward.positions, forward.query_lens)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from self.qkv.weight_slots(prefix)
+        yield from self.q_norm.weight_slots(f"{prefix}.q_norm")
+        yield from self.k_norm.weight_slots(f"{prefix}.k_norm")
+        yield from self.out.weight_slots(f"{prefix}.o_proj")

@@ -1,0 +1,108 @@
+"""Qwen3.5, dense: three Gated DeltaNet layers, one full-attention layer, and so on; pre-norm, SwiGLU.
+
+The MoE model is this one with another feed-forward class; the draft head reuses `DecoderLayer`. N tokens, H hidden
+size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.rotary import rotary_angles
+from models.config import ModelConfig
+from models.forward_batch import ForwardBatch
+from models.layers.embedding import Embedding
+from models.layers.linear import Linear
+from models.layers.mlp import MLP
+from models.layers.norm import RMSNorm
+from models.qwen3_5.attention import Attention, Rotary
+from models.qwen3_5.gated_delta_net import GatedDeltaNet
+from models.weight_slot import WeightSlot
+
+FeedForward = Callable[[ModelConfig, torch.dtype], nn.Module]
+
+
+def dense_feed_forward(config: ModelConfig, dtype: torch.dtype) -> MLP:
+    """The feed-forward layer of the dense family."""
+    return MLP(config.hidden_size, config.intermediate_size, dtype)
+
+
+class DecoderLayer(nn.Module):
+    """`x += mixer(norm(x)); x += mlp(norm(x))` with full attention or a delta net. x [N, H] -> [N, H]."""
+
+    def __init__(self, config: ModelConfig, mixer: Attention | GatedDeltaNet, mlp: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mixer = mixer
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
+        normed = self.input_norm(x)
+        if isinstance(self.mixer, Attention):
+            x = x + self.mixer(normed, forward, rotary)
+        else:
+            x = x + self.mixer(normed, forward)
+        return x + self.mlp(self.post_norm(x))
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        mixer_name = "self_attn" if isinstance(self.mixer, Attention) else "linear_attn"
+        yield from self.input_norm.weight_slots(f"{prefix}.input_layernorm")
+        yield from self.mixer.weight_slots(f"{prefix}.{mixer_name}")
+        yield from self.post_norm.weight_slots(f"{prefix}.post_attention_layernorm")
+        yield from self.mlp.weight_slots(f"{prefix}.mlp")
+
+
+class Qwen35(nn.Module):
+    """The target model. `forward` gives the hidden states after the final norm, which the head and the draft read."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, feed_forward: FeedForward = dense_feed_forward):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, mixer, feed_forward(config, dtype), dtype) for mixer in self._mixers(dtype)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def _mixers(self, dtype: torch.dtype) -> Iterator[Attention | GatedDeltaNet]:
+        counts = {"full_attention": 0, "linear_attention": 0}
+        for kind in self.config.layer_types:
+            mixer_class = Attention if kind == "full_attention" else GatedDeltaNet
+            yield mixer_class(self.config, counts[kind], dtype)
+            counts[kind] += 1
+
+    def forward(self, forward: ForwardBatch) -> Tensor:
+        """Hidden states [N, H] after the final norm."""
+        rotary = self.rotary(forward.positions)
+        x = self.embed_tokens(forward.token_ids)
+        for layer in self.layers:
+            x = layer(x, forward, rotary)
+        return self.norm(x)
+
+    def forward_sequence(self, token_ids: Tensor) -> Tensor:
+        """Whole sequences, nothing stored, differentiable: token_ids [B, T] -> hidden states [B, T, H]."""
+        return self(ForwardBatch.whole_sequences(token_ids)).unflatten(0, token_ids.shape)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] after the final norm -> logits [..., V] in float32 or wider."""
+        logits = F.linear(hidden, self.lm_head.weight)
+        return logits.to(self.norm.scale.dtype)
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """cos and sin for positions [N]."""
+        return rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta, self.norm.scale.dtype)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Every checkpoint tensor of the target, under the text-only prefix `model.`."""
+        yield from self.embed_tokens.weight_slots("model.embed_tokens")
+        for index, layer in enumerate(self.layers):
+            yield from layer.weight_slots(f"model.layers.{index}")
+        yield from self.norm.weight_slots("model.norm")
+        if not self.config.tie_word_embeddings:
+            yield from self.lm_head.weight_slots("lm_head")

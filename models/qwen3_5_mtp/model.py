@@ -1,0 +1,72 @@
+"""The multi-token-prediction head of Qwen3.5: `fc` over [embedding, hidden], full-attention layers, a norm.
+
+It borrows the target's embedding, output head, KV cache (its layers are the last ones) and rows. Row p pairs the token
+after position p with the target's hidden state at p; its output predicts the token two after p, and is the hidden state
+of the next recursive call. N tokens, H hidden size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.forward_batch import ForwardBatch
+from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
+from models.qwen3_5.attention import Attention
+from models.qwen3_5.model import DecoderLayer, FeedForward, Qwen35, dense_feed_forward
+from models.weight_slot import WeightSlot
+
+
+class Qwen35MTP(nn.Module):
+    """The draft model. With several layers they share `fc` and the norms; each has its own KV layer."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, target: Qwen35, feed_forward: FeedForward = dense_feed_forward
+    ):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.num_layers = max(1, config.num_mtp_layers)
+        self._target = (target,)  # a tuple, so that the target is no submodule of its draft
+        self.pre_fc_norm_embedding = RMSNorm(hidden, eps, dtype)
+        self.pre_fc_norm_hidden = RMSNorm(hidden, eps, dtype)
+        self.fc = Linear(2 * hidden, hidden, dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                Attention(config, config.num_full_layers + index, dtype),
+                feed_forward(config, dtype),
+                dtype,
+            )
+            for index in range(self.num_layers)
+        )
+        self.norm = RMSNorm(hidden, eps, dtype)
+
+    @property
+    def target(self) -> Qwen35:
+        return self._target[0]
+
+    def forward(self, forward: ForwardBatch, hidden: Tensor, layer: int = 0) -> Tensor:
+        """forward.token_ids [N] are the tokens *after* forward.positions [N]; hidden [N, H] belongs to the positions.
+
+        Returns [N, H] after the draft's norm: the input of the target's output head as it is.
+        """
+        embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(forward.token_ids))
+        x = self.fc(torch.cat([embedding, self.pre_fc_norm_hidden(hidden)], dim=-1))
+        x = self.layers[layer](x, forward, self.target.rotary(forward.positions))
+        return self.norm(x)
+
+    def forward_sequence(self, next_ids: Tensor, hidden: Tensor, layer: int = 0) -> Tensor:
+        """Whole sequences, nothing stored, differentiable: next_ids [B, T], hidden [B, T, H] -> [B, T, H]."""
+        batch = ForwardBatch.whole_sequences(next_ids)
+        return self(batch, hidden.flatten(0, 1), layer).unflatten(0, next_ids.shape)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Every `mtp.*` checkpoint tensor."""
+        yield from self.pre_fc_norm_embedding.weight_slots("mtp.pre_fc_norm_embedding")
+        yield from self.pre_fc_norm_hidden.weight_slots("mtp.pre_fc_norm_hidden")
+        yield from self.fc.weight_slots("mtp.fc")
+        for index, layer in enumerate(self.layers):
+            yield from layer.weight_slots(f"mtp.layers.{index}")
+        yield from self.norm.weight_slots("mtp.norm")
