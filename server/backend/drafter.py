@@ -1,0 +1,66 @@
+"""Proposes K tokens per request with the draft head, and keeps the head's KV cache level with the target's.
+
+`eagle`: one MTP layer, called again on its own output. `vanilla`: several layers, one per draft; past the last layer it
+recurses on that one. Drafts use the request's own sampling settings and the random numbers of the very positions they
+guess, so they follow the target's draws also under sampling. They can change speed only, never the output.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.speculative import roll_next_ids
+from models.forward_batch import ForwardBatch
+from models.qwen3_5_mtp.model import Qwen35MTP
+from server.backend.batch import following_ids, last_indices
+from server.backend.sampler import Sampled, Sampler
+from server.router.scheduler import Batch
+
+
+class Drafter:
+    """`num_layers` of the draft's layers are chained, K = num_drafts tokens are proposed."""
+
+    def __init__(self, draft: Qwen35MTP, sampler: Sampler, num_drafts: int, num_layers: int):
+        self.draft, self.sampler = draft, sampler
+        self.num_drafts, self.num_layers = num_drafts, min(num_layers, num_drafts)
+
+    def propose(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> Tensor:
+        """Drafts [B, K] that follow each request's newest token; hidden [N, H] is the target's for the whole pass.
+
+        First every chained layer runs over all N rows, row p pairing the token after position p with the hidden state
+        at p (this extends its cache and overwrites what earlier guesses left there), then single tokens follow. Inside
+        a prompt the next tokens are the prompt's own, and the proposals mean nothing.
+        """
+        next_ids, last, known = self._pair(sampled, forward, batch)
+        positions = forward.positions[last]
+        target, drafts = self.draft.target, []
+        state = hidden
+        for step in range(self.num_drafts):
+            if step < self.num_layers:
+                state = self.draft(forward.with_tokens(next_ids), state, step)
+                newest_state = state[last]
+            else:
+                if not any(batch.ends_prompt(index) for index in range(len(batch.requests))):
+                    drafts += drafts[-1:] * (self.num_drafts - step)
+                    break
+                positions_ahead = positions + 1 + step - self.num_layers
+                one_each = forward.next_tokens(drafts[-1], positions_ahead)
+                newest_state = self.draft(one_each, newest_state, self.num_layers - 1)
+            logits = target.compute_logits(newest_state)[:, None]
+            draft_ids = self.sampler.draw(logits, batch, positions[:, None] + 2 + step)[:, 0]
+            drafts.append(draft_ids)
+            if step + 1 < self.num_layers:
+                newest = draft_ids if known is None else torch.where(known[:, step + 1] >= 0, known[:, step + 1], draft_ids)
+                next_ids = roll_next_ids(next_ids, last, newest)
+        return torch.stack(drafts, dim=1)
+
+    def _pair(self, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The token after each of the N rows, the flat index of each request's last real row, and for a prefill the
+        tokens [B, num_layers] that are known to follow (-1: none)."""
+        if batch.is_verify:
+            num_rows = sampled.token_ids.shape[1]
+            first = torch.arange(len(batch.requests), device=forward.token_ids.device) * num_rows
+            return sampled.token_ids.flatten(), first + sampled.accept_lens - 1, None
+        known = torch.tensor(following_ids(batch, self.num_layers), device=forward.token_ids.device)
+        last = last_indices(forward)
+        newest = torch.where(known[:, 0] >= 0, known[:, 0], sampled.token_ids[:, 0])
+        return roll_next_ids(forward.token_ids, last, newest), last, known

@@ -1,0 +1,117 @@
+"""The device's record of every running request: one row each, one writer (`commit`).
+
+R rows (row 0 is padding), P pages of the longest request, K = mtp_step, T = K + 1, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from models.cache import Cache
+from models.forward_batch import CacheView, ForwardBatch
+from server.messages import SamplingParams
+from server.router.request import Request
+
+
+class RequestTable:
+    """page_table [R, P], seq_len [R] (tokens committed in KV), accept_len [R] (of the last step; 0 after prefill),
+    next_ids [R, T] (the newest token and its drafts), and the sampling settings of each row. All int64 or float32."""
+
+    def __init__(self, cache: Cache, num_rows: int, max_pages: int, mtp_step: int, vocab_size: int, device: str):
+        def column(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(num_rows, *shape, dtype=dtype, device=device)
+
+        self.cache, self.device, self.vocab_size = cache, device, vocab_size
+        self.page_table = column(max_pages)
+        self.seq_len = column()
+        self.accept_len = column()
+        self.next_ids = column(mtp_step + 1)
+        self.prompt_len = column()
+        self.min_tokens = column()
+        self.seed = column()
+        self.top_k = column()
+        self.temperature, self.top_p, self.min_p = (column(dtype=torch.float32) for _ in range(3))
+        self.repetition, self.frequency, self.presence = (column(dtype=torch.float32) for _ in range(3))
+        self.output_counts: Tensor | None = None  # [R, V] int32 and [R, V] bool, made for the first penalised request
+        self.in_prompt: Tensor | None = None
+        self._num_pages_written = [0] * num_rows
+
+    def admit(self, request: Request) -> None:
+        """Make the request's row that of an empty sequence with its sampling settings."""
+        row, sampling = request.row, request.sampling
+        assert row is not None
+        self.cache.gdn.reset(row)
+        self.page_table[row] = 0
+        self._num_pages_written[row] = 0
+        self.seq_len[row] = self.accept_len[row] = 0
+        self.prompt_len[row] = len(request.prompt_ids)
+        self.seed[row] = request.seed
+        columns = ("min_tokens", "top_k", "temperature", "top_p", "min_p")
+        for name in columns:
+            getattr(self, name)[row] = getattr(sampling, name)
+        for name in ("repetition", "frequency", "presence"):
+            getattr(self, name)[row] = getattr(sampling, f"{name}_penalty")
+        if has_penalty(sampling):
+            self._count_known_tokens(request)
+
+    def write_pages(self, request: Request) -> None:
+        """Bring the row's page table up to the pages the request holds."""
+        row = request.row
+        assert row is not None
+        written, held = self._num_pages_written[row], len(request.pages)
+        if written < held:
+            self.page_table[row, written:held] = torch.tensor(request.pages[written:], device=self.device)
+            self._num_pages_written[row] = held
+
+    def commit(self, forward: ForwardBatch, last_ids: Tensor, drafts: Tensor, accept_lens: Tensor) -> None:
+        """Advance the rows of a pass: after a verify step by accept_lens, after prefill by the tokens it ran.
+
+        last_ids [B]: each request's newest token; drafts [B, K]; accept_lens [B], 0 or 1 after prefill (tokens emitted).
+        """
+        view = forward.view
+        assert view is not None
+        rows = view.rows
+        if view.is_verify:
+            self.seq_len[rows] = view.start_lens + accept_lens
+            self.accept_len[rows] = accept_lens
+        else:
+            self.seq_len[rows] = view.start_lens + torch.tensor(forward.query_lens, device=rows.device)
+            self.accept_len[rows] = 0
+        self.next_ids[rows, 0] = last_ids
+        self.next_ids[rows, 1:] = drafts
+
+    def count_outputs(self, rows: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
+        """Add the emitted tokens to the penalty counts: token_ids [B, T], of which accept_lens [B] are emitted."""
+        assert self.output_counts is not None
+        is_emitted = torch.arange(token_ids.shape[1], device=rows.device) < accept_lens[:, None]
+        flat = rows[:, None] * self.vocab_size + token_ids
+        self.output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
+
+    def _count_known_tokens(self, request: Request) -> None:
+        row = request.row
+        if self.output_counts is None:
+            shape = (len(self.seq_len), self.vocab_size)
+            self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        assert self.in_prompt is not None
+        self.in_prompt[row] = False
+        self.in_prompt[row, torch.tensor(request.prompt_ids, device=self.device)] = True
+        outputs = torch.tensor(request.output_ids, dtype=torch.int64, device=self.device)
+        self.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)
+
+    def view(self, rows: Tensor, is_verify: bool) -> CacheView:
+        """The cache as a pass over `rows` [B] sees it."""
+        return CacheView(
+            cache=self.cache,
+            rows=rows,
+            start_lens=self.seq_len[rows],
+            accept_lens=self.accept_len[rows],
+            page_table=self.page_table[rows],
+            is_verify=is_verify,
+        )
+
+
+def has_penalty(sampling: SamplingParams) -> bool:
+    """The request's law depends on how often its tokens have occurred."""
+    return (
+        sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
+    )

@@ -1,0 +1,97 @@
+"""Everything on the device that serves one checkpoint, put together once at start."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models import errors as model_errors
+from models.cache import Cache, GDNCache, KVCache
+from models.config import ModelConfig, load_config
+from models.qwen3_5.model import Qwen35
+from models.qwen3_5_mtp.model import Qwen35MTP
+from models.registry import build
+from models.stop_ids import read_stop_ids
+from models.weights import load_weights
+from server.backend.drafter import Drafter
+from server.backend.memory_plan import MemoryPlan, describe_memory, plan_memory
+from server.backend.request_table import RequestTable
+from server.backend.sampler import Sampler
+from server.config import EngineConfig
+from server.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float32}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Target, table, sampler, and with mtp_step > 0 the drafter; `eos_ids` end a request."""
+
+    target: Qwen35
+    draft: Qwen35MTP | None
+    table: RequestTable
+    sampler: Sampler
+    drafter: Drafter | None
+    plan: MemoryPlan
+    eos_ids: tuple[int, ...]
+
+
+def build_runner(config: EngineConfig) -> Runner:
+    """Load the checkpoint and allocate the caches. Raises ConfigError in one line for whatever cannot be served."""
+    device = _choose_device(config.device)
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    try:
+        model_config = load_config(config.model)
+        plan = plan_memory(config, model_config)
+        dtype = _choose_dtype(config.dtype, model_config)
+        target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
+        load_weights(Path(config.model), target, draft)
+        eos_ids = read_stop_ids(config.model)
+    except model_errors.CheckpointError as error:
+        raise CheckpointError(str(error)) from error
+    for model in (target, draft):
+        if model is not None:
+            model.requires_grad_(False)
+    num_mtp_layers = 0 if draft is None else _count_chained_layers(config, draft)
+    cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device)
+    num_rows = config.max_running_requests + 1
+    table = RequestTable(
+        cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device
+    )
+    sampler = Sampler(table, eos_ids)
+    drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
+    logger.info("%s", describe_memory(plan, cache, target, draft, num_mtp_layers))
+    return Runner(target, draft, table, sampler, drafter, plan, eos_ids)
+
+
+def _choose_device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, torch sees no CUDA device here: use --device cpu")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
+    name = model_config.dtype if name == "auto" else name
+    if name not in DTYPES:
+        raise ConfigError(f"config.json: dtype {name!r} is not served, choose one with --dtype: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _count_chained_layers(config: EngineConfig, draft: Qwen35MTP) -> int:
+    """MTP layers that draft: eagle recurses on the first one, vanilla chains them all."""
+    return 1 if config.mtp_mode == "eagle" else draft.num_layers
+
+
+def _allocate_cache(
+    config: EngineConfig, model: ModelConfig, plan: MemoryPlan, num_mtp_layers: int, dtype: torch.dtype, device: str
+) -> Cache:
+    num_pages = plan.limits.num_pages + 1
+    kv = KVCache.allocate(model, num_mtp_layers, num_pages, config.page_size, dtype, device)
+    gdn = GDNCache.allocate(model, config.mtp_step, config.max_running_requests + 1, dtype, device)
+    return Cache(kv, gdn)

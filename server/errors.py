@@ -1,0 +1,62 @@
+"""What can go wrong, by name, with its HTTP status.
+
+Every message says what was seen, what the limit is and how to mend it. Knows neither HTTP libraries nor torch.
+"""
+
+
+class TandemError(Exception):
+    """The parent of every error a user can cause or see.
+
+    `status` is the HTTP status, `type` the OpenAI error type, `param` the request field at fault, if any.
+    """
+
+    status = 500
+    type = "InternalServerError"
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(TandemError):
+    """A field of the request is missing, of the wrong type or out of range."""
+
+    status = 400
+    type = "BadRequestError"
+
+
+class Unauthorized(TandemError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
+class NotFound(TandemError):
+    """The model or route does not exist."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class QueueFull(TandemError):
+    """More requests are waiting than `--max-queued-requests` admits."""
+
+    status = 429
+    type = "RateLimitError"
+
+
+class EngineDead(TandemError):
+    """The engine process has gone or the server is draining; requests cannot be served."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+
+class ConfigError(TandemError):
+    """A start-up setting does not fit the machine, the checkpoint or another setting."""
+
+
+class CheckpointError(ConfigError):
+    """The checkpoint cannot be served: the message names the file or tensor and the mend."""

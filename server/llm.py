@@ -1,0 +1,138 @@
+"""The engine without HTTP: `LLM.generate` and `LLM.stream`. Needs neither FastAPI nor ZeroMQ."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.config import EngineConfig
+from server.engine import Engine
+from server.errors import InvalidRequest
+from server.messages import FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
+from server.tokenizer import Detokenizer, Tokenizer
+
+__all__ = ["LLM", "Output", "SamplingParams"]
+
+
+@dataclass
+class Output:
+    """One prompt's result. A stop token is the last of `token_ids`; `text` is without it and cut at stop strings.
+
+    `logprobs` has one entry per token when asked for. `num_steps`, `num_proposed` and `num_accepted` count verify
+    steps, proposed and accepted drafts.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_steps: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per verify step, bonus included: (output tokens - 1) / verify steps; 1.0 before the first step."""
+        return (len(self.token_ids) - 1) / self.num_steps if self.num_steps else 1.0
+
+
+class LLM:
+    """A checkpoint directory served in this process; the settings are the fields of `EngineConfig`.
+
+    Raises ConfigError for a checkpoint or setting that cannot be served.
+    """
+
+    def __init__(self, **settings: Any):
+        self.config = EngineConfig(**settings)
+        self.engine = Engine(self.config)
+        self.tokenizer = Tokenizer(self.config.model)
+        self._request_ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  (frozen)
+    ) -> list[Output]:
+        """Complete all prompts (texts, or token ids) together; one SamplingParams for all, or one each.
+
+        Raises InvalidRequest for a prompt that cannot be served; nothing is left behind then.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        jobs = self._submit(list(prompts), each)
+        for _ in self._run(jobs):
+            pass
+        return [job.output for job in jobs.values()]
+
+    def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[Output]:  # noqa: B008
+        """One Output per step with what is new in it; the last one has the finish_reason. Leaving early aborts."""
+        yield from self._run(self._submit([prompt], [params]))
+
+    def _submit(self, prompts: list[str] | list[list[int]], params: list[SamplingParams]) -> "dict[str, _Job]":
+        jobs: dict[str, _Job] = {}
+        try:
+            for prompt, sampling in zip(prompts, params, strict=True):
+                request_id = f"llm-{next(self._request_ids)}"
+                token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                self.engine.add(Generate(request_id, token_ids, sampling))
+                jobs[request_id] = _Job(Output(), Detokenizer(self.tokenizer, sampling))
+        except InvalidRequest:
+            self._abort(jobs)
+            raise
+        return jobs
+
+    def _run(self, jobs: "dict[str, _Job]") -> Iterator[Output]:
+        """Step until every job has ended, yielding what each step added."""
+        pending = set(jobs)
+        try:
+            while pending:
+                for message in self.engine.step():
+                    if message.request_id not in pending:
+                        continue
+                    delta = jobs[message.request_id].take(message)
+                    if delta.finish_reason is not None:
+                        pending.discard(message.request_id)
+                        self.engine.abort(message.request_id)  # it still runs if a stop string ended it
+                    yield delta
+        finally:
+            self._abort(pending)
+
+    def _abort(self, request_ids: "set[str] | dict[str, _Job]") -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+
+
+@dataclass
+class _Job:
+    output: Output
+    detokenizer: Detokenizer
+
+    def take(self, message: TokenOutput) -> Output:
+        """Add a step's tokens, cut at the first stop string, to the output; returns what was added."""
+        num_before = self.detokenizer.num_used
+        text = self.detokenizer.push(message.token_ids, ends_with_stop_token=message.finish_reason == FINISH_STOP)
+        finish_reason = message.finish_reason
+        if self.detokenizer.stop_match is None and finish_reason is not None:
+            text += self.detokenizer.finish()
+        if self.detokenizer.stop_match is not None:
+            finish_reason = FINISH_STOP
+        num_new = self.detokenizer.num_used - num_before
+        delta = Output(
+            token_ids=message.token_ids[:num_new],
+            text=text,
+            finish_reason=finish_reason,
+            logprobs=message.logprobs[:num_new],
+            num_steps=message.num_steps,
+            num_proposed=message.num_proposed,
+            num_accepted=message.num_accepted,
+        )
+        self._add(delta)
+        return delta
+
+    def _add(self, delta: Output) -> None:
+        output = self.output
+        output.token_ids += delta.token_ids
+        output.text += delta.text
+        output.logprobs += delta.logprobs
+        output.finish_reason = delta.finish_reason
+        output.num_steps, output.num_proposed = delta.num_steps, delta.num_proposed
+        output.num_accepted = delta.num_accepted

@@ -1,0 +1,141 @@
+"""What the api and the engine say to each other, and the sampling settings that travel with a request.
+
+Plain dataclasses: `channel.py` encodes them with msgspec, and the offline engine uses them as they are. Knows token
+ids, never text (stop strings ride along for the side that detokenises). No torch.
+"""
+
+from dataclasses import dataclass, field
+
+FINISH_STOP = "stop"
+FINISH_LENGTH = "length"
+FINISH_ABORT = "abort"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request draws its tokens; the same settings give the same law with and without speculation.
+
+    Order of the transforms on float32 logits: min_tokens mask, logit_bias, repetition then frequency and presence
+    penalty, temperature, top_k, top_p, min_p. `temperature` 0 is greedy. `top_k` 0 is off. `logprobs` None is off,
+    0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before every transform.
+    `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any mtp_step.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Generate:
+    """api -> engine: a new request. `prompt_token_ids` is not empty and fits the context limit."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Abort:
+    """api -> engine: forget a request (client gone, or a stop string was found). Unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position: the sampled token's, and the best alternatives, best first."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """engine -> api: tokens that one step gave one request.
+
+    `logprobs` has one entry per token, or is empty when not asked for. `finish_reason` is None until the last message
+    of the request; a stop token ends `token_ids` and is named by `stop_token_id` (None for eos). The counts are running
+    totals of the request: verify steps run, drafts proposed, drafts accepted.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    num_steps: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """engine -> api: a request was refused. `error` is the class name in `errors.py`."""
+
+    request_id: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """engine -> api: gauges now, and counters since start. `accepted_per_position[i]` counts accepted i+1-th drafts."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    num_steps: int = 0
+    num_verify_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """engine -> api: the model is loaded and the first request can be served. Ids in `eos_token_ids` end a request."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    mtp_step: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """engine -> api: everything one engine step has to say."""
+
+    outputs: list[TokenOutput]
+    failed: list[Failed]
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """engine -> api: start-up or a step failed; the engine process exits. `message` is one line for the user."""
+
+    message: str
+
+
+Request = Generate | Abort
+Reply = Ready | StepReport | Fatal
