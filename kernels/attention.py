@@ -21,33 +21,22 @@ def store_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
     kv[1].flatten(0, 1)[slots] = v
 
 
-def paged_attention(q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor, query_lens: tuple[int, ...]) -> Tensor:
-    """Attend q [N, HQ, D] to the paged cache; the token at position p sees slots of positions 0..p of its request.
+def paged_attention(q: Tensor, kv: Tensor, page_table: Tensor, mask: Tensor) -> Tensor:
+    """Attend q [B · T, HQ, D] to the paged cache, which already holds the tokens' own keys and values.
 
-    kv [2, pages, page_size, HKV, D] already holds the tokens' own keys and values; page_table [B, P] int64 covers the
-    longest request; positions [N] int64; query_lens are the B requests' token counts, in order. Returns [N, HQ, D].
+    kv [2, pages, page_size, HKV, D]; page_table [B, P] int64; mask [B, 1, T, S] bool: which of the S <= P · page_size
+    first positions of its request each token sees. Returns [B · T, HQ, D].
     """
-    if len(set(query_lens)) == 1:
-        return _attend(q, kv, page_table, positions.view(len(query_lens), -1))
-    parts, start = [], 0
-    for request, query_len in enumerate(query_lens):
-        part = slice(start, start + query_len)
-        parts.append(_attend(q[part], kv, page_table[request : request + 1], positions[None, part]))
-        start += query_len
-    return torch.cat(parts)
-
-
-def _attend(q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
-    """Requests with T tokens each: q [B·T, HQ, D], positions [B, T]."""
-    num_requests, num_tokens = positions.shape
-    page_size, num_kv_heads, dim = kv.shape[2:]
-    group = q.shape[1] // num_kv_heads
-    longest = int(positions[:, -1].max()) + 1
-    pages = page_table[:, : -(-longest // page_size)]
-    keys, values = (x[pages].flatten(1, 2)[:, :longest].transpose(1, 2) for x in kv)
-    q = q.view(num_requests, num_tokens, num_kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    mask = torch.arange(longest, device=q.device) <= positions[:, None, None, :, None]
-    mask = mask.expand(-1, 1, group, -1, -1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
-    out = out.view(num_requests, num_kv_heads, group, num_tokens, dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(num_requests * num_tokens, num_kv_heads * group, dim)
+    (batch, _, num_tokens, length), (num_kv_heads, dim) = mask.shape, kv.shape[3:]
+    page_size, group = kv.shape[2], q.shape[1] // num_kv_heads
+    pages = page_table[:, : -(-length // page_size)].flatten()
+    keys, values = (
+        x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :length].transpose(1, 2) for x in kv
+    )
+    q = q.view(batch, num_tokens, num_kv_heads, group, dim)
+    if num_tokens == 1:
+        out = F.scaled_dot_product_attention(q[:, 0], keys, values, attn_mask=mask)  # the group is the query axis
+        return out.view(batch, num_kv_heads * group, dim)
+    q = q.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).reshape(batch * num_tokens, num_kv_heads * group, dim)

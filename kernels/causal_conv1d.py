@@ -11,31 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_UNROLLED_TOKENS = 16
+
 
 def causal_conv1d(u: Tensor, weight: Tensor, history: Tensor | None = None) -> Tensor:
-    """Convolve u [B, T, C] with weight [C, W]; `history` [B, W - 1, C] holds the inputs before it (None: zeros)."""
-    num_taps = weight.shape[1]
-    if history is None:
-        window = F.pad(u, (0, 0, num_taps - 1, 0))
-    else:
-        window = torch.cat([history, u], dim=1)
-    out = window[:, : u.shape[1]] * weight[:, 0]
+    """Convolve u [B, T, C] with weight [C, W]: [B, T, C] in the wider dtype of both.
+
+    history [B, W - 1, C] holds the inputs before u; None means zeros.
+    """
+    num_tokens, num_taps = u.shape[1], weight.shape[1]
+    window = F.pad(u, (0, 0, num_taps - 1, 0)) if history is None else torch.cat([history, u], dim=1)
+    window = window.to(weight.dtype)
+    if num_tokens <= _UNROLLED_TOKENS:
+        return F.silu((window.unfold(1, num_taps, 1) * weight).sum(-1))
+    out = window[:, :num_tokens] * weight[:, 0]
     for tap in range(1, num_taps):
-        out = torch.addcmul(out, window[:, tap : tap + u.shape[1]], weight[:, tap])
+        out = torch.addcmul(out, window[:, tap : tap + num_tokens], weight[:, tap])
     return F.silu(out)
 
 
-def causal_conv1d_cached(u: Tensor, weight: Tensor, ring: Tensor, rows: Tensor, start_lens: Tensor) -> Tensor:
-    """Convolve u [B, T, C] at positions start_lens.. of their rows, reading history from the ring and recording u.
+def causal_conv1d_cached(u: Tensor, weight: Tensor, ring: Tensor, read_slots: Tensor, write_slots: Tensor) -> Tensor:
+    """`causal_conv1d` of u [B, T, C] with the history in the ring, recording u there.
 
-    ring [R, ring_len, C] is updated in place, ring_len >= W - 1 + the T of a verify step; rows, start_lens [B] int64.
-    Prefill records the last ring_len inputs only.
+    ring [R, ring_len, C] is updated in place. read_slots [B · (W - 1)] int64 are the flat slots (row · ring_len +
+    position mod ring_len) of the inputs before u, oldest first; write_slots [B · T'] those of the last T' <= ring_len
+    tokens of u. A verify step needs ring_len >= T + W - 1, so that what it writes spares what the next one reads.
     """
-    num_taps, ring_len, num_tokens = weight.shape[1], ring.shape[1], u.shape[1]
-    past = start_lens[:, None] + torch.arange(1 - num_taps, 0, device=u.device)
-    history = ring[rows[:, None], past % ring_len]
+    slots = ring.flatten(0, 1)
+    history = slots.index_select(0, read_slots).unflatten(0, (u.shape[0], -1))
     out = causal_conv1d(u, weight, history)
-    kept = min(num_tokens, ring_len)
-    positions = start_lens[:, None] + torch.arange(num_tokens - kept, num_tokens, device=u.device)
-    ring[rows[:, None], positions % ring_len] = u[:, num_tokens - kept :]
+    num_kept = len(write_slots) // u.shape[0]
+    slots.index_copy_(0, write_slots, u[:, u.shape[1] - num_kept :].flatten(0, 1))
     return out

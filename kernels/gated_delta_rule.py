@@ -21,6 +21,7 @@ wider. q is scaled and q, k are normed by the caller.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LEN = 64
@@ -35,6 +36,18 @@ class DeltaRing(NamedTuple):
     alpha: Tensor
 
 
+class Fold(NamedTuple):
+    """What a pass must fold first, the same for every layer: of each request the newest F recorded tokens at most.
+
+    rows: where the B requests' states lie, a slice when they are consecutive (then nothing is copied), else [B] int64;
+    slots [B · F] int64: flat ring slots, oldest first; is_accepted [B, F] bool, None when all are. F may be 0.
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    is_accepted: Tensor | None
+
+
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor) -> Tensor:
     """Whole sequences from a zero state, differentiable: o [B, T, HV, DV].
 
@@ -45,25 +58,16 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
 
 
 def gated_delta_rule_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_alpha: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    ring: DeltaRing,
-    rows: Tensor,
-    start_lens: Tensor,
-    accept_lens: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, ring: DeltaRing, fold: Fold
 ) -> Tensor:
     """Known tokens: fold what the last verify step left, run all T tokens, store the state after the last one.
 
-    Shapes as in `gated_delta_rule`; state [R, HV, DK, DV] is updated in place at `rows` [B] int64 and then stands at
-    start_len + T, so the caller sets the rows' accept_len to 0. start_lens, accept_lens [B] int64.
+    Shapes as in `gated_delta_rule`; state [R, HV, DK, DV] is updated in place. The caller sets the rows' accept_len to
+    0, because nothing is left to fold.
     """
-    current = _fold(state, ring, rows, start_lens, accept_lens)
+    current = _fold(state, ring, fold)
     out, final = _run_chunks(q, k, v, log_alpha, beta, current)
-    state[rows] = final
+    state[fold.rows] = final
     return out
 
 
@@ -75,55 +79,42 @@ def gated_delta_rule_verify(
     beta: Tensor,
     state: Tensor,
     ring: DeltaRing,
-    rows: Tensor,
-    start_lens: Tensor,
-    accept_lens: Tensor,
+    fold: Fold,
+    write_slots: Tensor,
 ) -> Tensor:
-    """One verify step: fold the accept_lens newest tokens into the state (once), run T tokens, record them in the ring.
+    """One verify step: fold the accepted tokens into the state (once), run T tokens, record them in the ring.
 
-    Shapes as in `gated_delta_rule_prefill`. On entry the state stands at start_len - accept_len, on exit at start_len.
+    Shapes as in `gated_delta_rule_prefill`; write_slots [B · T] int64 are the tokens' flat ring slots. On entry the
+    state stands at start_len - accept_len, on exit at start_len.
     """
-    current = _fold(state, ring, rows, start_lens, accept_lens)
-    out, u = _run_rows(*(_heads_first(x) for x in (q, k, v)), log_alpha.mT, beta.mT, current)
-    slots = (start_lens[:, None] + torch.arange(q.shape[1], device=q.device)) % ring.k.shape[1]
-    index = (rows[:, None], slots)
-    ring.k[index], ring.u[index], ring.alpha[index] = k, u.transpose(1, 2), log_alpha.exp()
+    current = _fold(state, ring, fold)
+    if current.data_ptr() != state[fold.rows].data_ptr():
+        state[fold.rows] = current
+    out, u = _run_rows(*(x.transpose(1, 2) for x in (q, k, v)), log_alpha.mT, beta.mT, current)
+    for part, value in zip(ring, (k, u.transpose(1, 2), log_alpha.exp()), strict=True):
+        part.flatten(0, 1).index_copy_(0, write_slots, value.flatten(0, 1))
     return out.transpose(1, 2)
 
 
-def _fold(state: Tensor, ring: DeltaRing, rows: Tensor, start_lens: Tensor, accept_lens: Tensor) -> Tensor:
-    """The rows' states [B, HV, DK, DV] at start_lens, written back in place when anything was folded."""
-    current = _take_rows(state, rows)
-    longest = int(accept_lens.max()) if len(rows) else 0
-    if longest == 0:
+def _fold(state: Tensor, ring: DeltaRing, fold: Fold) -> Tensor:
+    """The states [B, HV, DK, DV] with the accepted tokens in them; a view of `state`, folded in place, if it can be."""
+    current = state[fold.rows]
+    if len(fold.slots) == 0:
         return current
-    age = torch.arange(longest, device=rows.device)
-    index = (rows[:, None], (start_lens - accept_lens)[:, None].add(age) % ring.k.shape[1])
-    k, u, alpha = ring.k[index], ring.u[index], ring.alpha[index].mT
-    if longest > 1:
-        is_accepted = age < accept_lens[:, None]
-        alpha = torch.where(is_accepted[:, None], alpha, 1.0)
-        k = k * is_accepted[:, :, None, None]
-        decay = alpha.flip(-1).cumprod(-1).flip(-1)
-        total, weight = decay[..., 0], torch.cat([decay[..., 1:], torch.ones_like(decay[..., :1])], -1)
-        k = _expand_heads(_heads_first(k), u.shape[2]) * weight[..., None]
-    else:
-        is_accepted = accept_lens[:, None]
-        total = torch.where(is_accepted > 0, alpha[..., 0], 1.0)
-        k = _expand_heads(_heads_first(k), u.shape[2]) * is_accepted[:, :, None, None]
-    current.mul_(total[..., None, None])
-    current.flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, _heads_first(u).flatten(0, 1))
-    if current.data_ptr() != state[rows[0]].data_ptr():
-        state[rows] = current
+    batch, num_heads = current.shape[:2]
+    k, u, alpha = (x.flatten(0, 1).index_select(0, fold.slots).unflatten(0, (batch, -1)) for x in ring)
+    alpha = alpha.mT  # [B, HV, F]
+    if fold.is_accepted is not None:
+        alpha = torch.where(fold.is_accepted[:, None], alpha, 1.0)
+        k = k * fold.is_accepted[:, :, None, None]
+    k, u = _expand_heads(k.transpose(1, 2), num_heads), u.transpose(1, 2)  # [B, HV, F, DK or DV]
+    if alpha.shape[-1] == 1:
+        return current.mul_(alpha[..., None]).addcmul_(k.mT, u)
+    # What token j leaves is decayed by every later one.
+    decay = alpha.flip(-1).cumprod(-1).flip(-1)
+    k = k * F.pad(decay[..., 1:], (0, 1), value=1.0)[..., None]
+    current.mul_(decay[..., :1, None]).flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, u.flatten(0, 1))
     return current
-
-
-def _take_rows(state: Tensor, rows: Tensor) -> Tensor:
-    """state[rows]: a view when the rows are consecutive (no copy of what may be gigabytes), else a copy."""
-    ids = rows.tolist()
-    if ids == list(range(ids[0], ids[0] + len(ids))):
-        return state[ids[0] : ids[0] + len(ids)]
-    return state[rows]
 
 
 def _run_chunks(
@@ -133,7 +124,7 @@ def _run_chunks(
     outs = []
     for start in range(0, q.shape[1], CHUNK_LEN):
         part = slice(start, start + CHUNK_LEN)
-        q_c, k_c, v_c = (_heads_first(x[:, part]) for x in (q, k, v))
+        q_c, k_c, v_c = (x[:, part].transpose(1, 2) for x in (q, k, v))
         log_alpha_c = log_alpha[:, part].mT
         out, u = _run_rows(q_c, k_c, v_c, log_alpha_c, beta[:, part].mT, state)
         outs.append(out)
@@ -149,21 +140,17 @@ def _run_rows(
 ) -> tuple[Tensor, Tensor]:
     """One chunk, heads first: outputs and u, both [B, HV, T, DV]. q, k [B, HK, T, DK]; log_alpha, beta [B, HV, T]."""
     num_rows, num_heads = q.shape[2], v.shape[1]
-    qk_state = _expand_heads(torch.cat([q, k], dim=2), num_heads) @ state
     total = log_alpha.cumsum(-1) if num_rows > 1 else log_alpha
-    q_state, k_state = (qk_state * total.exp().repeat(1, 1, 2)[..., None]).split(num_rows, dim=2)
-    u = beta[..., None] * (v - k_state)
+    decayed = _expand_heads(torch.cat([q, k], dim=2), num_heads) @ state
+    q_state, k_state = (decayed.unflatten(2, (2, num_rows)) * total.exp()[:, :, None, :, None]).unbind(2)
+    u = (v - k_state) * beta[..., None]
     if num_rows == 1:
-        return q_state + _expand_heads((q * k).sum(-1, keepdim=True), num_heads) * u, u
+        return torch.addcmul(q_state, _expand_heads(torch.linalg.vecdot(q, k)[..., None], num_heads), u), u
     lower = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).tril()
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()
     mixing = _expand_heads(k @ k.mT, num_heads) * decay * beta[..., None]
     u = torch.linalg.solve_triangular(mixing, u, upper=False, unitriangular=True)
     return q_state + (_expand_heads(q @ k.mT, num_heads) * decay) @ u, u
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
 
 
 def _expand_heads(x: Tensor, num_heads: int) -> Tensor:

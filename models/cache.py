@@ -43,6 +43,7 @@ class GDNCache:
     state: Tensor
     ring: DeltaRing
     conv_ring: Tensor
+    conv_width: int
 
     @staticmethod
     def allocate(config: ModelConfig, mtp_step: int, num_rows: int, dtype: torch.dtype, device: str) -> "GDNCache":
@@ -63,6 +64,7 @@ class GDNCache:
                 alpha=zeros(ring_len, value_heads, dtype=wide),
             ),
             conv_ring=zeros(conv_ring_len, config.conv_channels, dtype=dtype),
+            conv_width=config.conv_width,
         )
 
     def reset(self, row: int) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.gated_delta_rule import Fold
 from models.cache import Cache
 
 
@@ -13,17 +14,67 @@ from models.cache import Cache
 class CacheView:
     """How the requests of one pass lie in the cache.
 
-    rows [B] int64: their rows; start_lens [B] int64: tokens in the cache before this pass; accept_lens [B] int64: how
-    many of these the GDN state has not folded yet; page_table [B, P] int64. `is_verify`: the tokens are a guess (one
-    token and its drafts), so the GDN layers record them and leave the state before them.
+    rows: host numbers; start_lens [B] int64: tokens in the cache before this pass; accept_lens [B] int64: how many of
+    these the GDN state has not folded yet; page_table [B, P] int64. `is_verify`: the tokens are a guess (one token and
+    its drafts), so the GDN layers record them and leave the state before them. `num_fold` bounds accept_lens, and
+    `folds_all` says that every one of them equals it.
     """
 
     cache: Cache
-    rows: Tensor
+    rows: tuple[int, ...]
     start_lens: Tensor
     accept_lens: Tensor
     page_table: Tensor
     is_verify: bool
+    num_fold: int
+    folds_all: bool
+
+    def select(self, index: int) -> "CacheView":
+        """The view of one request alone."""
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            rows=self.rows[one],
+            start_lens=self.start_lens[one],
+            accept_lens=self.accept_lens[one],
+            page_table=self.page_table[one],
+        )
+
+    @cached_property
+    def row_ids(self) -> Tensor:
+        """rows as [B] int64 on the device."""
+        return torch.tensor(self.rows, device=self.start_lens.device)
+
+    @cached_property
+    def fold(self) -> Fold:
+        """What the GDN layers must fold first."""
+        age = torch.arange(self.num_fold, device=self.start_lens.device)
+        first, count = self.rows[0], len(self.rows)
+        is_consecutive = self.rows == tuple(range(first, first + count))
+        return Fold(
+            rows=slice(first, first + count) if is_consecutive else self.row_ids,
+            slots=self._ring_slots((self.start_lens - self.accept_lens)[:, None] + age, self.cache.gdn.ring.k.shape[2]),
+            is_accepted=None if self.folds_all else age < self.accept_lens[:, None],
+        )
+
+    def delta_write_slots(self, num_tokens: int) -> Tensor:
+        """Flat delta-ring slots of the pass's tokens."""
+        return self._ring_slots(self._ahead(0, num_tokens), self.cache.gdn.ring.k.shape[2])
+
+    def conv_read_slots(self, num_taps: int) -> Tensor:
+        """Flat conv-ring slots of the num_taps - 1 inputs before the pass."""
+        return self._ring_slots(self._ahead(1 - num_taps, 0), self.cache.gdn.conv_ring.shape[2])
+
+    def conv_write_slots(self, num_tokens: int) -> Tensor:
+        """Flat conv-ring slots of the pass's last inputs, as many as the ring holds."""
+        ring_len = self.cache.gdn.conv_ring.shape[2]
+        return self._ring_slots(self._ahead(max(0, num_tokens - ring_len), num_tokens), ring_len)
+
+    def _ahead(self, start: int, end: int) -> Tensor:
+        return self.start_lens[:, None] + torch.arange(start, end, device=self.start_lens.device)
+
+    def _ring_slots(self, positions: Tensor, ring_len: int) -> Tensor:
+        return (self.row_ids[:, None] * ring_len + positions % ring_len).flatten()
 
 
 @dataclass(frozen=True)
@@ -31,7 +82,7 @@ class ForwardBatch:
     """N tokens of B requests, request after request.
 
     token_ids, positions [N] int64; query_lens: the B token counts. Without a `view` the tokens are whole sequences from
-    position 0, nothing is stored, and gradients flow (training).
+    position 0, nothing is stored, and gradients flow (training). What all layers need alike is computed once, here.
     """
 
     token_ids: Tensor
@@ -46,37 +97,61 @@ class ForwardBatch:
         positions = torch.arange(length, device=token_ids.device).repeat(batch)
         return ForwardBatch(token_ids.flatten(), positions, (length,) * batch)
 
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens)
+
     @cached_property
-    def slots(self) -> Tensor:
-        """Flat KV slot of every token [N] int64: page · page_size + offset. Positions past the table fall on page 0."""
+    def parts(self) -> "list[tuple[slice, ForwardBatch]]":
+        """Sub-batches in which all requests have equally many tokens, with their slices of the N tokens."""
+        if len(set(self.query_lens)) == 1:
+            return [(slice(None), self)]
+        parts, start = [], 0
+        for index, length in enumerate(self.query_lens):
+            span = slice(start, start + length)
+            view = None if self.view is None else self.view.select(index)
+            parts.append((span, ForwardBatch(self.token_ids[span], self.positions[span], (length,), view)))
+            start += length
+        return parts
+
+    @cached_property
+    def kv_slots(self) -> Tensor:
+        """Flat KV slot of every token [N] int64: page · page_size + offset."""
         assert self.view is not None
         page_size = self.view.cache.kv.page_size
-        table = self.view.page_table
-        if len(set(self.query_lens)) == 1:
-            owner = torch.arange(len(self.query_lens), device=table.device).repeat_interleave(self.query_lens[0])
-        else:
-            counts = torch.tensor(self.query_lens, device=table.device)
-            owner = torch.arange(len(counts), device=table.device).repeat_interleave(counts)
-        pages = table[owner, self.positions // page_size]
+        pages = torch.cat(
+            [
+                part.view.page_table.gather(1, part.positions.view(part.num_requests, -1) // page_size).flatten()
+                for _, part in self.parts
+                if part.view is not None
+            ]
+        )
         return pages * page_size + self.positions % page_size
 
     @cached_property
-    def is_uniform(self) -> bool:
-        """All requests have the same number of tokens."""
-        return len(set(self.query_lens)) == 1
+    def longest(self) -> int:
+        """Positions that the attention of this pass can reach: the largest position plus one."""
+        return int(self.positions.max()) + 1
 
-    def spans(self) -> list[tuple[int, slice]]:
-        """(request index, its slice of the N tokens) in order."""
-        spans, start = [], 0
-        for index, length in enumerate(self.query_lens):
-            spans.append((index, slice(start, start + length)))
-            start += length
-        return spans
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """[B, 1, T, longest] bool of a batch with equally many tokens: what each token may attend to."""
+        positions = self.positions.view(self.num_requests, 1, -1, 1)
+        return torch.arange(self.longest, device=positions.device) <= positions
 
-    def with_tokens(self, token_ids: Tensor) -> "ForwardBatch":
-        """The same pass over other tokens [N]."""
-        return replace(self, token_ids=token_ids)
+    @cached_property
+    def conv_slots(self) -> tuple[Tensor, Tensor]:
+        """Where the convolution of a batch with equally many tokens reads its history and records its inputs."""
+        view = self.view
+        assert view is not None
+        return view.conv_read_slots(view.cache.gdn.conv_width), view.conv_write_slots(self.query_lens[0])
+
+    @cached_property
+    def delta_slots(self) -> Tensor:
+        """Where a verify step records the delta rule's tokens."""
+        assert self.view is not None
+        return self.view.delta_write_slots(self.query_lens[0])
 
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
         """One more token per request at positions [B], over the same cache."""
-        return replace(self, token_ids=token_ids, positions=positions, query_lens=(1,) * len(self.query_lens))
+        return ForwardBatch(token_ids, positions, (1,) * self.num_requests, self.view)

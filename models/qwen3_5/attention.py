@@ -46,12 +46,16 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, forward: ForwardBatch) -> Tensor:
         view = forward.view
         if view is None:
-            batch = len(forward.query_lens)
-            q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+            q, k, v = (x.unflatten(0, (forward.num_requests, -1)) for x in (q, k, v))
             return causal_attention(q, k, v).flatten(0, 1)
         kv = view.cache.kv.data[self.layer]
-        store_kv(k, v, kv, forward.slots)
-        return paged_attention(q, kv, view.page_table, forward.positions, forward.query_lens)
+        store_kv(k, v, kv, forward.kv_slots)
+        out = [
+            paged_attention(q[span], kv, part.view.page_table, part.attention_mask)
+            for span, part in forward.parts
+            if part.view is not None
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv.weight_slots(prefix)

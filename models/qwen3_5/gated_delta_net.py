@@ -13,7 +13,7 @@ from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached
 from kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_prefill, gated_delta_rule_verify
 from kernels.rms_norm import gated_rms_norm, l2_norm
 from models.config import ModelConfig
-from models.forward_batch import CacheView, ForwardBatch
+from models.forward_batch import ForwardBatch
 from models.layers.linear import Linear, StackedLinear
 from models.weight_slot import WeightSlot
 
@@ -51,35 +51,29 @@ class GatedDeltaNet(nn.Module):
         return self.out(gated_rms_norm(mixed, z, self.norm_weight, self.eps).flatten(-2))
 
     def _mix(self, qkv: Tensor, log_alpha: Tensor, beta: Tensor, forward: ForwardBatch) -> Tensor:
-        """The sequence mixing [N, HV, DV], per group of requests with equally many tokens."""
-        batch = len(forward.query_lens)
-        if forward.is_uniform:
-            parts = (x.unflatten(0, (batch, -1)) for x in (qkv, log_alpha, beta))
-            return self._mix_uniform(*parts, forward.view, slice(None)).flatten(0, 1)
-        return torch.cat(
-            [
-                self._mix_uniform(qkv[None, span], log_alpha[None, span], beta[None, span], forward.view, only)[0]
-                for only, span in ((slice(index, index + 1), span) for index, span in forward.spans())
-            ]
-        )
+        """The sequence mixing: qkv [N, C], log_alpha, beta [N, HV] -> [N, HV, DV]."""
+        mixed = []
+        for span, part in forward.parts:
+            inputs = (x[span].unflatten(0, (part.num_requests, -1)) for x in (qkv, log_alpha, beta))
+            mixed.append(self._mix_part(*inputs, part).flatten(0, 1))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def _mix_uniform(
-        self, qkv: Tensor, log_alpha: Tensor, beta: Tensor, view: CacheView | None, which: slice
-    ) -> Tensor:
-        """qkv [B, T, C], log_alpha, beta [B, T, HV] of the requests `which` -> [B, T, HV, DV]."""
-        if view is None:
-            return gated_delta_rule(*self._split(causal_conv1d(qkv, self.conv_weight)), log_alpha, beta)
-        rows, start_lens = view.rows[which], view.start_lens[which]
-        gdn, layer = view.cache.gdn, self.layer
-        qkv = causal_conv1d_cached(qkv, self.conv_weight, gdn.conv_ring[layer], rows, start_lens)
-        rule = gated_delta_rule_verify if view.is_verify else gated_delta_rule_prefill
-        state, ring = gdn.state[layer], gdn.layer_ring(layer)
-        return rule(*self._split(qkv), log_alpha, beta, state, ring, rows, start_lens, view.accept_lens[which])
+    def _mix_part(self, qkv: Tensor, log_alpha: Tensor, beta: Tensor, part: ForwardBatch) -> Tensor:
+        """Requests with T tokens each: qkv [B, T, C], log_alpha, beta [B, T, HV] -> [B, T, HV, DV]."""
+        conv_weight = self.conv_weight.to(self.A_log.dtype)
+        if part.view is None:
+            return gated_delta_rule(*self._split(causal_conv1d(qkv, conv_weight)), log_alpha, beta)
+        gdn, layer = part.view.cache.gdn, self.layer
+        q, k, v = self._split(causal_conv1d_cached(qkv, conv_weight, gdn.conv_ring[layer], *part.conv_slots))
+        memory = (gdn.state[layer], gdn.layer_ring(layer), part.view.fold)
+        if part.view.is_verify:
+            return gated_delta_rule_verify(q, k, v, log_alpha, beta, *memory, part.delta_slots)
+        return gated_delta_rule_prefill(q, k, v, log_alpha, beta, *memory)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved channels [B, T, C] -> normed, scaled q and k [B, T, HK, DK] and v [B, T, HV, DV], wide."""
         qk_size = 2 * self.key_heads * self.key_dim
-        qk, v = qkv.to(self.A_log.dtype).split([qk_size, qkv.shape[-1] - qk_size], dim=-1)
+        qk, v = qkv.split([qk_size, qkv.shape[-1] - qk_size], dim=-1)
         q, k = l2_norm(qk.unflatten(-1, (2, self.key_heads, self.key_dim))).unbind(-3)
         return q * self.key_dim**-0.5, k, v.unflatten(-1, (self.value_heads, self.value_dim))
 

@@ -47,20 +47,21 @@ class Qwen35MTP(nn.Module):
     def target(self) -> Qwen35:
         return self._target[0]
 
-    def forward(self, forward: ForwardBatch, hidden: Tensor, layer: int = 0) -> Tensor:
-        """forward.token_ids [N] are the tokens *after* forward.positions [N]; hidden [N, H] belongs to the positions.
+    def forward(self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0) -> Tensor:
+        """next_ids [N] are the tokens *after* forward.positions [N] (forward.token_ids is not read); hidden [N, H]
+        belongs to the positions.
 
         Returns [N, H] after the draft's norm: the input of the target's output head as it is.
         """
-        embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(forward.token_ids))
+        embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(next_ids))
         x = self.fc(torch.cat([embedding, self.pre_fc_norm_hidden(hidden)], dim=-1))
         x = self.layers[layer](x, forward, self.target.rotary(forward.positions))
         return self.norm(x)
 
     def forward_sequence(self, next_ids: Tensor, hidden: Tensor, layer: int = 0) -> Tensor:
         """Whole sequences, nothing stored, differentiable: next_ids [B, T], hidden [B, T, H] -> [B, T, H]."""
-        batch = ForwardBatch.whole_sequences(next_ids)
-        return self(batch, hidden.flatten(0, 1), layer).unflatten(0, next_ids.shape)
+        forward = ForwardBatch.whole_sequences(next_ids)
+        return self(next_ids.flatten(), hidden.flatten(0, 1), forward, layer).unflatten(0, next_ids.shape)
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every `mtp.*` checkpoint tensor."""

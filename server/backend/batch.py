@@ -17,10 +17,9 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
         if request.num_computed == 0:
             table.admit(request)
         table.write_pages(request)
-    rows = torch.tensor([request.row for request in batch.requests], device=table.device)
-    view = table.view(rows, batch.is_verify)
+    view = table.view([request.row for request in batch.requests if request.row is not None], batch.is_verify)
     if batch.is_verify:
-        token_ids = table.next_ids[rows]
+        token_ids = table.next_ids[view.row_ids]
         positions = view.start_lens[:, None] + torch.arange(token_ids.shape[1], device=table.device)
         return ForwardBatch(token_ids.flatten(), positions.flatten(), tuple(batch.token_counts), view)
     ids, positions_list = [], []

@@ -36,7 +36,7 @@ class Drafter:
         state = hidden
         for step in range(self.num_drafts):
             if step < self.num_layers:
-                state = self.draft(forward.with_tokens(next_ids), state, step)
+                state = self.draft(next_ids, state, forward, step)
                 newest_state = state[last]
             else:
                 if not any(batch.ends_prompt(index) for index in range(len(batch.requests))):
@@ -44,7 +44,7 @@ class Drafter:
                     break
                 positions_ahead = positions + 1 + step - self.num_layers
                 one_each = forward.next_tokens(drafts[-1], positions_ahead)
-                newest_state = self.draft(one_each, newest_state, self.num_layers - 1)
+                newest_state = self.draft(drafts[-1], newest_state, one_each, self.num_layers - 1)
             logits = target.compute_logits(newest_state)[:, None]
             draft_ids = self.sampler.draw(logits, batch, positions[:, None] + 2 + step)[:, 0]
             drafts.append(draft_ids)

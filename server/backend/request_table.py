@@ -69,7 +69,7 @@ class RequestTable:
         """
         view = forward.view
         assert view is not None
-        rows = view.rows
+        rows = view.row_ids
         if view.is_verify:
             self.seq_len[rows] = view.start_lens + accept_lens
             self.accept_len[rows] = accept_lens
@@ -98,15 +98,20 @@ class RequestTable:
         outputs = torch.tensor(request.output_ids, dtype=torch.int64, device=self.device)
         self.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)
 
-    def view(self, rows: Tensor, is_verify: bool) -> CacheView:
-        """The cache as a pass over `rows` [B] sees it."""
+    def view(self, rows: list[int], is_verify: bool) -> CacheView:
+        """The cache as a pass over `rows` sees it."""
+        ids = torch.tensor(rows, device=self.device)
+        accept_lens = self.accept_len[ids]
+        shortest, longest = accept_lens.aminmax()
         return CacheView(
             cache=self.cache,
-            rows=rows,
-            start_lens=self.seq_len[rows],
-            accept_lens=self.accept_len[rows],
-            page_table=self.page_table[rows],
+            rows=tuple(rows),
+            start_lens=self.seq_len[ids],
+            accept_lens=accept_lens,
+            page_table=self.page_table[ids],
             is_verify=is_verify,
+            num_fold=int(longest),
+            folds_all=bool(shortest == longest),
         )
 
 
