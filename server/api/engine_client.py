@@ -1,0 +1,164 @@
+"""The api's view of the engine: hands requests over, gives each its outputs, aborts what nobody waits for.
+
+Every submitted request ends: with a finish reason, with an error, or with an Abort when its `Outputs` is closed first.
+Used from one event loop. Knows token ids, never text; knows nothing of HTTP.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from server import errors
+from server.errors import EngineDead, QueueFull, TandemError
+from server.messages import Abort, EngineStats, Fatal, Generate, Ready, Reply, Request, StepReport, TokenOutput
+
+log = logging.getLogger("tandem.api")
+
+
+class Channel(Protocol):
+    """What the client needs of a channel: `server.channel.AsyncEnd`, or a fake in the tests."""
+
+    def send(self, message: Request) -> None:
+        """Queue a message for the engine; never blocks."""
+
+    async def receive(self) -> Reply:
+        """The next message of the engine."""
+
+
+class EngineClient:
+    """Requests in flight and who waits for them.
+
+    `failure` is what new requests are refused with: None while the engine serves. `stats` is the engine's last word.
+    """
+
+    def __init__(self, channel: Channel, ready: Ready, max_requests: int):
+        self._channel = channel
+        self._max_requests = max_requests
+        self._in_flight: dict[str, Outputs] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ready = ready
+        self.stats = EngineStats()
+        self.failure: EngineDead | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have neither ended nor been aborted."""
+        return len(self._in_flight)
+
+    async def run(self) -> None:
+        """Deliver the engine's messages until it says Fatal; then every request has failed."""
+        while True:
+            reply = await self._channel.receive()
+            if isinstance(reply, StepReport):
+                self._deliver(reply)
+                await asyncio.sleep(0)  # receiving what is already there does not yield: let the streams write
+            elif isinstance(reply, Fatal):
+                log.error("the engine failed: %s", reply.message)
+                self.fail(EngineDead(f"the engine failed: {reply.message}"))
+                return
+
+    def check_room(self, count: int) -> None:
+        """Raise what `submit` of `count` requests would raise now."""
+        if self.failure is not None:
+            raise self.failure
+        if self.num_in_flight + count > self._max_requests:
+            raise QueueFull(
+                f"{self.num_in_flight} requests are in the server and {count} would join, the limit is "
+                f"{self._max_requests} (--max-queued-requests); try again later"
+            )
+
+    def submit(self, requests: Sequence[Generate]) -> "Outputs":
+        """Start the requests; their outputs come mixed, in order of arrival. Raises QueueFull or EngineDead."""
+        self.check_room(len(requests))
+        outputs = Outputs(self, [request.request_id for request in requests])
+        for request in requests:
+            self._in_flight[request.request_id] = outputs
+            self._channel.send(request)
+        self._idle.clear()
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """End a request that is in flight; nothing more will come from it. Others are ignored."""
+        if request_id in self._in_flight:
+            self._forget(request_id)
+            self._channel.send(Abort(request_id))
+
+    def refuse(self, failure: EngineDead) -> None:
+        """Admit no more requests; those in flight go on."""
+        self.failure = self.failure or failure
+
+    def fail(self, failure: EngineDead) -> None:
+        """Admit no more requests, and end those in flight with `failure`."""
+        self.failure = failure
+        for request_id, outputs in list(self._in_flight.items()):
+            self._forget(request_id)
+            outputs.put(failure)
+
+    async def wait_idle(self) -> None:
+        """Return when no request is in flight."""
+        await self._idle.wait()
+
+    def _deliver(self, report: StepReport) -> None:
+        self.stats = report.stats
+        for output in report.outputs:
+            self._route(output.request_id, output, ends=output.finish_reason is not None)
+        for failed in report.failed:
+            error: TandemError = getattr(errors, failed.error)(failed.message)
+            self._route(failed.request_id, error, ends=True)
+
+    def _route(self, request_id: str, item: TokenOutput | TandemError, ends: bool) -> None:
+        outputs = self._in_flight.get(request_id)
+        if outputs is not None:  # else aborted while the output was on its way
+            outputs.put(item)
+            if ends:
+                self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        del self._in_flight[request_id]
+        if not self._in_flight:
+            self._idle.set()
+
+
+class Outputs:
+    """The outputs of requests that were submitted together; leaving the `with` block aborts those that still run."""
+
+    def __init__(self, client: EngineClient, request_ids: Sequence[str]):
+        self._client = client
+        self._open = set(request_ids)
+        self._items: asyncio.Queue[TokenOutput | TandemError] = asyncio.Queue()
+
+    def put(self, item: TokenOutput | TandemError) -> None:
+        """Add an output, or the error that ends them all."""
+        self._items.put_nowait(item)
+
+    def abort(self, request_id: str) -> None:
+        """End one of the requests early."""
+        self._open.discard(request_id)
+        self._client.abort(request_id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        """The next output; raises the error of the first request that failed. Ends when all requests have."""
+        while self._open:
+            item = await self._items.get()
+            if isinstance(item, TandemError):
+                raise item
+            if item.request_id in self._open:
+                if item.finish_reason is not None:
+                    self._open.discard(item.request_id)
+                return item
+        raise StopAsyncIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for request_id in list(self._open):
+            self.abort(request_id)

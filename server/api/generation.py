@@ -1,0 +1,134 @@
+"""The life of one HTTP request's choices: tokens in, text deltas out, usage and metrics on the way.
+
+A choice is one continuation of one prompt; prompt p and continuation i of n have index p * n + i. Both endpoints use
+it. Knows neither JSON shapes nor HTTP.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from server.api.engine_client import EngineClient
+from server.api.metrics import Metrics, RequestClock
+from server.api.sampling import choice_sampling
+from server.messages import FINISH_ABORT, FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
+from server.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a request asks for: `n` choices for each prompt, and how to send them."""
+
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to a choice. `finish_reason` ends it; `stop_reason` is the stop string or token id."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class Choice:
+    """One continuation: turns the engine's outputs into deltas and cuts them at stop strings."""
+
+    def __init__(self, index: int, detokenizer: Detokenizer, clock: RequestClock):
+        self._detokenizer = detokenizer
+        self._clock = clock
+        self.index = index
+        self.num_accepted = 0
+        self.num_rejected = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens so far, a stop token included."""
+        return self._detokenizer.num_used
+
+    def take(self, output: TokenOutput) -> Delta:
+        """The delta of one output. A stop string ends the choice even where the engine would go on."""
+        detokenizer, num_before = self._detokenizer, self.num_tokens
+        text = detokenizer.push(output.token_ids, output.finish_reason == FINISH_STOP)
+        if output.finish_reason is not None:
+            text += detokenizer.finish()
+        matched = detokenizer.stop_match
+        self.finish_reason = output.finish_reason if matched is None else FINISH_STOP
+        self.num_accepted = output.num_accepted
+        self.num_rejected = output.num_proposed - output.num_accepted
+        num_new = self.num_tokens - num_before
+        self._clock.count_tokens(num_new)
+        if self.finish_reason is not None:
+            self._clock.end(self.finish_reason)
+        stop_reason = output.stop_token_id if matched is None else matched
+        return Delta(
+            self.index, text, output.token_ids[:num_new], output.logprobs[:num_new], self.finish_reason, stop_reason
+        )
+
+    def close(self) -> None:
+        """The request is over; a choice without a finish reason was aborted."""
+        if self.finish_reason is None:
+            self._clock.end(FINISH_ABORT)
+
+
+class Generation:
+    """All choices of one HTTP request."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, client: EngineClient, metrics: Metrics):
+        self._job = job
+        self._client = client
+        self._prefix = uuid.uuid4().hex
+        detokenizers = (Detokenizer(tokenizer, job.sampling) for _ in range(len(job.prompts) * job.n))
+        self.choices = [
+            Choice(index, detokenizer, metrics.start_request(len(job.prompts[index // job.n]), job.sampling, job.n))
+            for index, detokenizer in enumerate(detokenizers)
+        ]
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Everything that is generated, the choices mixed. Closing it early aborts what still runs.
+
+        Raises QueueFull or EngineDead, and InvalidRequest if the engine refuses the request.
+        """
+        try:
+            with self._client.submit(self._requests()) as outputs:
+                async for output in outputs:
+                    choice = self.choices[int(output.request_id.rpartition("-")[2])]
+                    delta = choice.take(output)
+                    if delta.finish_reason is not None and output.finish_reason is None:
+                        outputs.abort(output.request_id)
+                    yield delta
+        finally:
+            for choice in self.choices:
+                choice.close()
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object so far: each prompt counts once, the choices add up."""
+        num_prompt = sum(map(len, self._job.prompts))
+        num_output = sum(choice.num_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(choice.num_accepted for choice in self.choices),
+                "rejected_prediction_tokens": sum(choice.num_rejected for choice in self.choices),
+            },
+        }
+
+    def _requests(self) -> list[Generate]:
+        samplings = [choice_sampling(self._job.sampling, index) for index in range(self._job.n)]
+        return [
+            Generate(f"{self._prefix}-{p * self._job.n + i}", prompt, sampling)
+            for p, prompt in enumerate(self._job.prompts)
+            for i, sampling in enumerate(samplings)
+        ]

@@ -1,0 +1,184 @@
+"""Prometheus metrics: everything under `tandem:`, and again under the `vllm:` names that dashboards already query.
+
+Request figures are counted here, where tokens are handed to clients, so they equal the sums of `usage`. Scheduler and
+speculation figures are the engine's own, read from its last message. Knows neither text nor HTTP.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams
+
+OWN_PREFIX = "tandem:"
+ALIAS_PREFIX = "vllm:"
+# Ours alone: no other server has them under these names.
+_NOT_ALIASED = ("num_requests_aborted", "accept_length", "num_steps")
+_LABELS = ("model_name", "engine")
+_FINISH_REASONS = (FINISH_STOP, FINISH_LENGTH, FINISH_ABORT)
+_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
+_REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 480.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_CHOICES = (1, 2, 5, 10, 20, 50, 100)
+
+
+class Metrics:
+    """All metrics of one server. `read_stats` gives the engine's last word."""
+
+    def __init__(self, model_name: str, read_stats: Callable[[], EngineStats]):
+        self._own = CollectorRegistry()
+        self._labels = (model_name, "0")
+        self._own.register(_EngineCollector(read_stats, self._labels))
+        ProcessCollector(registry=self._own)
+        self._exposed = CollectorRegistry()
+        self._exposed.register(_AliasCollector(self._own))
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a first token.")
+        self.generation_tokens = self._counter("generation_tokens", "Output tokens handed to clients.")
+        self.aborted = self._counter("num_requests_aborted", "Requests whose client went away, or that failed.")
+        self._success = Counter(
+            OWN_PREFIX + "request_success",
+            "Requests by finish reason.",
+            (*_LABELS, "finished_reason"),
+            registry=self._own,
+        )
+        self.success = {reason: self._success.labels(*self._labels, reason) for reason in _FINISH_REASONS}
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _REQUEST_SECONDS)
+        self.itl = self._histogram(
+            "inter_token_latency_seconds", "Between two outputs of a request; one may bring several.", _STEP_SECONDS
+        )
+        self.tpot = self._histogram(
+            "request_time_per_output_token_seconds", "First to last token, per token after the first.", _STEP_SECONDS
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_SECONDS)
+        self.decode_time = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST_SECONDS)
+        self.prompt_len = self._histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
+        self.output_len = self._histogram("request_generation_tokens", "Output tokens per request.", _TOKENS)
+        self.params_n = self._histogram("request_params_n", "The n of requests.", _CHOICES)
+        self.params_max_tokens = self._histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
+
+    def start_request(self, prompt_len: int, sampling: SamplingParams, n: int) -> "RequestClock":
+        """The clock of a request that arrives now."""
+        self.params_n.observe(n)
+        if sampling.max_tokens is not None:
+            self.params_max_tokens.observe(sampling.max_tokens)
+        return RequestClock(self, prompt_len)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._exposed)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(OWN_PREFIX + name, help, _LABELS, registry=self._own).labels(*self._labels)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(OWN_PREFIX + name, help, _LABELS, registry=self._own, buckets=buckets)
+        return histogram.labels(*self._labels)
+
+
+class RequestClock:
+    """Times one request and counts its tokens."""
+
+    def __init__(self, metrics: Metrics, prompt_len: int):
+        self._metrics = metrics
+        self._prompt_len = prompt_len
+        self._num_tokens = 0
+        self._arrived_at = time.perf_counter()
+        self._first_at = self._last_at = self._arrived_at
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """One output arrived with `num_tokens` tokens for the client."""
+        if not num_tokens:
+            return
+        now, metrics = time.perf_counter(), self._metrics
+        if self._num_tokens == 0:
+            self._first_at = now
+            metrics.ttft.observe(now - self._arrived_at)
+            metrics.prompt_tokens.inc(self._prompt_len)
+        else:
+            metrics.itl.observe(now - self._last_at)
+        self._last_at = now
+        self._num_tokens += num_tokens
+        metrics.generation_tokens.inc(num_tokens)
+
+    def end(self, finish_reason: str) -> None:
+        """The request is over; the latencies of aborted ones are not recorded."""
+        metrics = self._metrics
+        metrics.success[finish_reason].inc()
+        if finish_reason == FINISH_ABORT:
+            metrics.aborted.inc()
+            return
+        metrics.e2e.observe(self._last_at - self._arrived_at)
+        metrics.decode_time.observe(self._last_at - self._first_at)
+        metrics.prompt_len.observe(self._prompt_len)
+        metrics.output_len.observe(self._num_tokens)
+        if self._num_tokens > 1:
+            metrics.tpot.observe((self._last_at - self._first_at) / (self._num_tokens - 1))
+
+
+class _EngineCollector(Collector):
+    """The engine's gauges and counters, as of its last message."""
+
+    def __init__(self, read_stats: Callable[[], EngineStats], labels: tuple[str, str]):
+        self._read_stats = read_stats
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        """One family per figure."""
+        stats = self._read_stats()
+        used = 1 - stats.num_free_pages / stats.num_pages if stats.num_pages else 0.0
+        length = 1 + stats.num_accepted / stats.num_verify_steps if stats.num_verify_steps else 0.0
+        yield self._gauge("num_requests_running", "Requests that hold a row.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Requests that wait for a row.", stats.num_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV pages in use, 0..1.", used)
+        yield self._gauge("accept_length", "Tokens per verify step since start.", length)
+        yield self._counter("num_steps", "Engine steps.", stats.num_steps)
+        yield self._counter("num_preemptions", "Requests sent back for want of pages.", stats.num_preemptions)
+        yield self._counter("spec_decode_num_drafts", "Verify steps of requests.", stats.num_verify_steps)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens drafted.", stats.num_proposed)
+        yield self._counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted)
+        yield self._per_position(stats.accepted_per_position)
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(OWN_PREFIX + name, help, labels=_LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _counter(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(OWN_PREFIX + name, help, labels=_LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _per_position(self, accepted: tuple[int, ...]) -> Metric:
+        name = OWN_PREFIX + "spec_decode_num_accepted_tokens_per_pos"
+        family = CounterMetricFamily(name, "Drafted tokens accepted, by draft.", labels=(*_LABELS, "position"))
+        for position, value in enumerate(accepted):
+            family.add_metric((*self._labels, str(position)), value)
+        return family
+
+
+class _AliasCollector(Collector):
+    """Everything of a registry, and the `tandem:` families a second time as `vllm:`."""
+
+    def __init__(self, registry: CollectorRegistry):
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        """All families, each alias right after its original."""
+        for family in self._registry.collect():
+            yield family
+            if family.name.startswith(OWN_PREFIX) and family.name.removeprefix(OWN_PREFIX) not in _NOT_ALIASED:
+                yield _rename(family)
+
+
+def _rename(family: Metric) -> Metric:
+    alias = Metric(_alias(family.name), family.documentation, family.type, family.unit)
+    alias.samples = [sample._replace(name=_alias(sample.name)) for sample in family.samples]
+    return alias
+
+
+def _alias(name: str) -> str:
+    return ALIAS_PREFIX + name.removeprefix(OWN_PREFIX)

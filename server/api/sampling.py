@@ -1,0 +1,137 @@
+"""The sampling fields that both endpoints share, their ranges, and the defaults of the checkpoint.
+
+Turns `Fields` into `SamplingParams`; everything out of range is an InvalidRequest. Knows neither prompts nor HTTP.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from server.api.fields import INT64_MAX, INT64_MIN, Fields, require_integer, require_number
+from server.errors import CheckpointError, InvalidRequest
+from server.messages import SamplingParams
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_BIASES = 4096
+_MAX_BIAS = 100.0
+_MAX_PENALTY = sys.float_info.max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request must fit into: sizes from the engine's Ready, defaults from the checkpoint."""
+
+    max_model_len: int
+    vocab_size: int
+    defaults: SamplingParams
+
+
+def read_generation_config(directory: str | Path) -> SamplingParams:
+    """The defaults of a checkpoint's generation_config.json, which may be absent. Raises CheckpointError."""
+    path = Path(directory) / "generation_config.json"
+    if not path.exists():
+        return SamplingParams()
+    try:
+        return _read_shape(Fields(path.read_bytes()), SamplingParams(), sys.maxsize)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except InvalidRequest as error:
+        raise CheckpointError(f"{path}: {error.message}") from error
+
+
+def read_sampling(fields: Fields, limits: Limits) -> SamplingParams:
+    """All sampling fields but max_tokens and logprobs, whose rules differ between the endpoints."""
+    shape = _read_shape(fields, limits.defaults, limits.vocab_size)
+    return replace(
+        shape,
+        seed=fields.integer("seed", None, INT64_MIN, INT64_MAX),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        logit_bias=_read_logit_bias(fields, limits.vocab_size),
+        stop=_read_stop(fields),
+        stop_token_ids=_read_stop_token_ids(fields, limits.vocab_size),
+        include_stop_str_in_output=fields.boolean("include_stop_str_in_output", False),
+        skip_special_tokens=fields.boolean("skip_special_tokens", True),
+        ignore_eos=fields.boolean("ignore_eos", False),
+        min_tokens=fields.integer("min_tokens", 0, 0, limits.max_model_len) or 0,
+    )
+
+
+def read_max_tokens(fields: Fields, names: tuple[str, ...], default: int | None, limits: Limits) -> int | None:
+    """The first of the fields `names` that is given, else `default`; None is the rest of the context."""
+    name = next((name for name in names if fields.has(name)), names[0])
+    max_tokens = fields.integer(name, default, 1, limits.max_model_len)
+    min_tokens = fields.integer("min_tokens", 0) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens is {min_tokens}, the limit is max_tokens, {max_tokens}", "min_tokens")
+    return max_tokens
+
+
+def choice_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
+    """The settings of choice `index` of n: choice 0 keeps the seed, the others get one hashed from (seed, index).
+
+    A sum would make choice 1 of seed s the same as choice 0 of seed s + 1.
+    """
+    if sampling.seed is None or index == 0:
+        return sampling
+    digest = hashlib.blake2b(f"{sampling.seed}/{index}".encode(), digest_size=8).digest()
+    return replace(sampling, seed=int.from_bytes(digest, "little") & INT64_MAX)
+
+
+def _read_shape(fields: Fields, defaults: SamplingParams, vocab_size: int) -> SamplingParams:
+    top_k = fields.integer("top_k", defaults.top_k, -1)
+    assert top_k is not None
+    return replace(
+        defaults,
+        temperature=fields.number("temperature", defaults.temperature, 0.0, 2.0),
+        top_p=fields.number("top_p", defaults.top_p, 0.0, 1.0, open_low=True),
+        top_k=top_k if 0 < top_k < vocab_size else 0,
+        min_p=fields.number("min_p", defaults.min_p, 0.0, 1.0),
+        repetition_penalty=fields.number(
+            "repetition_penalty", defaults.repetition_penalty, 0.0, _MAX_PENALTY, open_low=True
+        ),
+    )
+
+
+def _read_stop(fields: Fields) -> tuple[str, ...]:
+    value = fields.value("stop")
+    stop = [value] if isinstance(value, str) else fields.items("stop", MAX_STOP_STRINGS)
+    for string in stop:
+        if not isinstance(string, str):
+            raise InvalidRequest("stop has an entry that is not a string", "stop")
+        if not 1 <= len(string) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop has a string of {len(string)} characters, the range is 1..{MAX_STOP_CHARS}", "stop"
+            )
+    return tuple(stop)
+
+
+def _read_stop_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    ids = fields.items("stop_token_ids", MAX_STOP_TOKEN_IDS)
+    return tuple(require_integer(f"stop_token_ids[{i}]", value, 0, vocab_size - 1) for i, value in enumerate(ids))
+
+
+def _read_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
+    """Token id -> bias; values beyond -100..100 are clamped."""
+    entries: dict[str, Any] = fields.mapping("logit_bias")
+    if len(entries) > MAX_BIASES:
+        raise InvalidRequest(f"logit_bias has {len(entries)} entries, the limit is {MAX_BIASES}", "logit_bias")
+    biases = {}
+    for key, value in entries.items():
+        number = require_number(f"logit_bias[{key[:20]}]", value, -_MAX_PENALTY, _MAX_PENALTY)
+        biases[_read_token_key(key, vocab_size)] = max(-_MAX_BIAS, min(_MAX_BIAS, number))
+    return biases
+
+
+def _read_token_key(key: str, vocab_size: int) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 20 and int(key) < vocab_size):
+        raise InvalidRequest(
+            f"logit_bias has the key {key[:20]!r}, it must be a token id in 0..{vocab_size - 1}", "logit_bias"
+        )
+    return int(key)

@@ -1,0 +1,126 @@
+"""The engine process: receive messages, step, reply; and the one process boundary.
+
+Here alone is every exception caught: it is logged, told to the api, and ends the process, so that no request waits for
+an engine that has gone. Imports the engine, and with it torch, inside the process only.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
+
+from server.channel import SyncEnd
+from server.config import EngineConfig
+from server.errors import InvalidRequest, TandemError
+from server.messages import EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
+
+ENGINE = "server.engine:Engine"
+# How long an idle engine sleeps before it looks whether its parent still lives.
+_IDLE_SECONDS = 0.5
+
+log = logging.getLogger("tandem.engine")
+
+
+class Engine(Protocol):
+    """What this loop needs of an engine: `server.engine.Engine`, or a fake in the tests."""
+
+    @property
+    def ready(self) -> Ready:
+        """The limits the api must know."""
+
+    def add(self, request: Generate) -> None:
+        """Queue a request. Raises InvalidRequest."""
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+
+    def step(self) -> list[TokenOutput]:
+        """Advance every running request."""
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters."""
+
+
+def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: str = ENGINE) -> None:
+    """Serve `engine` ("module:class") at `endpoint` until SIGTERM or until the parent process has gone.
+
+    Exits with code 1 on any failure.
+    """
+    _take_signals(_exit)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    channel = SyncEnd(endpoint)
+    try:
+        serve(_load(engine, config), channel)
+    except TandemError as error:
+        channel.send(Fatal(error.message))
+        sys.exit(1)
+    except Exception as error:
+        log.exception("the engine failed")
+        channel.send(Fatal(f"{type(error).__name__}: {error}"))
+        sys.exit(1)
+    finally:
+        _take_signals(signal.SIG_IGN)  # it is ending already
+        channel.close()
+
+
+def serve(engine: Engine, channel: SyncEnd) -> None:
+    """Say Ready, then answer until the parent process has gone."""
+    channel.send(engine.ready)
+    while _parent_lives():
+        requests = channel.receive(0.0 if engine.has_work() else _IDLE_SECONDS)
+        report = take_turn(engine, requests)
+        if report is not None:
+            channel.send(report)
+
+
+def take_turn(engine: Engine, requests: Sequence[Request]) -> StepReport | None:
+    """Hand the requests over, step once if there is work; None when nothing happened.
+
+    Aborts alone give a report too: the gauges in it have changed.
+    """
+    failed = [failure for request in requests if (failure := _hand_over(engine, request)) is not None]
+    works = engine.has_work()
+    outputs = engine.step() if works else []
+    return StepReport(outputs, failed, engine.stats()) if works or requests else None
+
+
+def _hand_over(engine: Engine, request: Request) -> Failed | None:
+    if not isinstance(request, Generate):
+        engine.abort(request.request_id)
+        return None
+    try:
+        engine.add(request)
+    except InvalidRequest as error:
+        return Failed(request.request_id, type(error).__name__, error.message)
+    return None
+
+
+def _load(engine: str, config: EngineConfig) -> Engine:
+    module, _, name = engine.partition(":")
+    return getattr(importlib.import_module(module), name)(config)
+
+
+def _take_signals(on_terminate: Callable[[int, object], NoReturn] | signal.Handlers) -> None:
+    """Ctrl-C and signals to the server's process group are for the server, which drains and then ends this process."""
+    if multiprocessing.parent_process() is None:
+        return
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _exit(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(0)
+
+
+def _parent_lives() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()

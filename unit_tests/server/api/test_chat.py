@@ -1,0 +1,99 @@
+"""POST /v1/chat/completions, whole and streamed."""
+
+import pytest
+
+from server.messages import SamplingParams
+from unit_tests.server.api.conftest import Serving
+
+PATH = "/v1/chat/completions"
+TEXT = "the quick 中文"
+# The fake engine answers with the prompt, so the answer is the rendered template up to its first <|im_end|>.
+ANSWER = "user\nthe quick 中文"
+
+
+def test_a_message_is_answered(serving: Serving) -> None:
+    answer = serving.chat(TEXT)
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    choice = answer["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": ANSWER}
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"] is None
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_one_finish_reason(serving: Serving) -> None:
+    events = serving.events(PATH, messages=[{"role": "user", "content": TEXT}])
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    choices = [event["choices"][0] for event in events]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == ANSWER
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+
+
+def test_every_choice_of_a_stream_has_its_own_role_and_finish(serving: Serving) -> None:
+    events = serving.events(PATH, messages=[{"role": "user", "content": TEXT}], n=3)
+    for index in range(3):
+        choices = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert choices[0]["delta"].get("role") == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == ANSWER
+        assert sum(choice["finish_reason"] is not None for choice in choices) == 1
+
+
+def test_text_parts_are_the_same_as_one_text(serving: Serving) -> None:
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "quick 中文"}]
+    assert serving.chat(parts)["choices"] == serving.chat(TEXT)["choices"]
+
+
+def test_a_developer_is_a_system(serving: Serving) -> None:
+    body = {"messages": [{"role": "developer", "content": "x"}]}
+    answer = serving.http.post(PATH, json=body).json()
+    assert answer["choices"][0]["message"]["content"].startswith("system\n")
+
+
+def test_template_variables_and_the_generation_prompt_are_the_clients(serving: Serving) -> None:
+    for fields in ({}, {"chat_template_kwargs": {"enable_thinking": True}}, {"add_generation_prompt": False}):
+        serving.chat("hi", max_tokens=1, **fields)
+    prompts = [serving.tokenizer.decode(m.prompt_token_ids, False) for m in serving.channel.sent]
+    plain = "<|im_start|>user\nhi<|im_end|>\n"
+    assert prompts == [
+        plain + "<|im_start|>assistant\n",
+        plain + "<|im_start|>assistant\n<think>\n",
+        plain,
+    ]
+
+
+def test_without_a_limit_the_answer_may_fill_the_context(serving: Serving) -> None:
+    answer = serving.chat("x", ignore_eos=True)
+    assert answer["usage"]["total_tokens"] == serving.services.limits.max_model_len
+
+
+def test_max_completion_tokens_wins_over_max_tokens(serving: Serving) -> None:
+    assert serving.chat("x", max_tokens=5, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+@pytest.mark.parametrize("stream", [True, False])
+def test_logprobs_have_one_entry_per_token_with_exactly_the_alternatives_asked_for(
+    serving: Serving, num_top: int, stream: bool
+) -> None:
+    fields = {"messages": [{"role": "user", "content": TEXT}], "logprobs": True, "top_logprobs": num_top}
+    if stream:
+        events = serving.events(PATH, **fields)
+        parts = [event["choices"][0]["logprobs"] for event in events]
+        entries = [entry for part in parts if part for entry in part["content"]]
+    else:
+        entries = serving.http.post(PATH, json=fields).json()["choices"][0]["logprobs"]["content"]
+    assert len(entries) == serving.chat(TEXT)["usage"]["completion_tokens"]
+    assert all(len(entry["top_logprobs"]) == num_top for entry in entries)
+    data = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert data.decode() == "<|im_start|>" + ANSWER + "<|im_end|>"
+
+
+def test_the_checkpoints_sampling_defaults_hold_until_the_client_says_otherwise(make_serving) -> None:
+    serving = make_serving(defaults=SamplingParams(temperature=0.6, top_p=0.95, top_k=20))
+    with serving.listening():
+        serving.chat("x", max_tokens=1)
+        serving.chat("x", max_tokens=1, temperature=0, top_k=None)
+    first, second = (message.sampling for message in serving.channel.sent)
+    assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.95, 20)
+    assert (second.temperature, second.top_p, second.top_k) == (0.0, 0.95, 20)

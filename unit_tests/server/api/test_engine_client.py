@@ -1,0 +1,122 @@
+"""Every request ends: with a finish reason, an error or an abort."""
+
+import asyncio
+
+import pytest
+
+from server.errors import EngineDead, InvalidRequest, QueueFull
+from server.messages import Abort, Generate, SamplingParams, TokenOutput
+from unit_tests.server.api.conftest import Serving
+from unit_tests.server.fake_engine import FOREVER_ID, REFUSE_ID
+
+
+def _generate(request_id: str, first_id: int = 5, max_tokens: int = 4) -> Generate:
+    return Generate(request_id, [first_id, 6], SamplingParams(max_tokens=max_tokens))
+
+
+def test_outputs_of_requests_submitted_together_come_until_all_have_ended(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> list[TokenOutput]:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a"), _generate("b", max_tokens=9)]) as outputs:
+                return [output async for output in outputs]
+
+    received = asyncio.run(talk())
+    lengths = {name: sum(len(o.token_ids) for o in received if o.request_id == name) for name in ("a", "b")}
+    assert lengths == {"a": 4, "b": 9}
+    assert serving.client.num_in_flight == 0
+    assert not any(isinstance(message, Abort) for message in serving.channel.sent)
+
+
+def test_leaving_the_block_aborts_what_still_runs(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> None:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a", FOREVER_ID), _generate("b")]) as outputs:
+                async for output in outputs:
+                    if output.request_id == "b" and output.finish_reason is not None:
+                        break
+
+    asyncio.run(talk())
+    assert [message for message in serving.channel.sent if isinstance(message, Abort)] == [Abort("a")]
+
+
+def test_outputs_of_an_aborted_request_that_are_on_their_way_are_dropped(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> set[str]:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a", FOREVER_ID), _generate("b", max_tokens=30)]) as outputs:
+                await anext(outputs)
+                outputs.abort("a")
+                return {output.request_id async for output in outputs}
+
+    assert asyncio.run(talk()) == {"b"}
+
+
+def test_a_refused_request_raises_its_error_and_takes_its_siblings_along(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> None:
+        async with serving.delivering():
+            with serving.client.submit([_generate("good", FOREVER_ID), _generate("bad", REFUSE_ID)]) as outputs:
+                async for _ in outputs:
+                    pass
+
+    with pytest.raises(InvalidRequest, match="refuses"):
+        asyncio.run(talk())
+    assert serving.channel.sent[-1] == Abort("good")
+    assert serving.client.num_in_flight == 0
+
+
+def test_room_is_counted_in_requests_and_comes_back(make_serving) -> None:
+    serving: Serving = make_serving(max_requests=2)
+
+    async def talk() -> None:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a", FOREVER_ID)]):
+                with pytest.raises(QueueFull, match="--max-queued-requests"):
+                    serving.client.submit([_generate("b"), _generate("c")])
+                serving.client.check_room(1)
+            serving.client.check_room(2)
+
+    asyncio.run(talk())
+
+
+def test_a_failure_ends_every_request_and_refuses_new_ones(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> None:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a", FOREVER_ID)]) as outputs:
+                await anext(outputs)
+                serving.client.fail(EngineDead("gone"))
+                with pytest.raises(EngineDead, match="gone"):
+                    async for _ in outputs:
+                        pass
+            with pytest.raises(EngineDead, match="gone"):
+                serving.client.submit([_generate("b")])
+
+    asyncio.run(talk())
+
+
+def test_draining_refuses_new_requests_and_ends_when_the_last_one_has(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def talk() -> int:
+        async with serving.delivering():
+            with serving.client.submit([_generate("a", max_tokens=50)]) as outputs:
+                serving.client.refuse(EngineDead("draining"))
+                with pytest.raises(EngineDead, match="draining"):
+                    serving.client.check_room(1)
+                idle = asyncio.create_task(serving.client.wait_idle())
+                num_tokens = 0
+                async for output in outputs:
+                    assert not idle.done()
+                    num_tokens += len(output.token_ids)
+                await asyncio.wait_for(idle, 10)
+                return num_tokens
+
+    assert asyncio.run(talk()) == 50

@@ -1,0 +1,55 @@
+"""One choice, output by output."""
+
+import pytest
+
+from server.api.generation import Choice, Delta
+from server.api.metrics import Metrics
+from server.messages import FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams, TokenOutput
+from server.tokenizer import Detokenizer, Tokenizer
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Metrics of an idle engine."""
+    return Metrics("tiny", EngineStats)
+
+
+def _choice(tokenizer: Tokenizer, metrics: Metrics, sampling: SamplingParams) -> Choice:
+    return Choice(3, Detokenizer(tokenizer, sampling), metrics.start_request(5, sampling, 1))
+
+
+def test_an_output_becomes_a_delta_with_its_text(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    ids = tokenizer.encode("the fox")
+    delta = _choice(tokenizer, metrics, SamplingParams()).take(TokenOutput("r", ids))
+    assert delta == Delta(3, "the fox", ids, [], None, None)
+
+
+def test_text_held_back_comes_with_the_end(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=("fox!",)))
+    assert choice.take(TokenOutput("r", tokenizer.encode("the fox"))).text == "the "
+    last = choice.take(TokenOutput("r", [], finish_reason=FINISH_LENGTH))
+    assert (last.text, last.finish_reason) == ("fox", FINISH_LENGTH)
+
+
+def test_an_unfinished_character_comes_with_the_end(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    ids = tokenizer.encode("😀")[:-1]
+    choice = _choice(tokenizer, metrics, SamplingParams())
+    assert choice.take(TokenOutput("r", ids)).text == ""
+    assert choice.take(TokenOutput("r", [], finish_reason=FINISH_LENGTH)).text == tokenizer.decode(ids)
+
+
+def test_a_stop_string_wins_over_the_engines_reason_and_cuts_the_tokens(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    ids = tokenizer.encode("the quick brown fox")
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=("quick",)))
+    delta = choice.take(TokenOutput("r", ids, finish_reason=FINISH_LENGTH, num_proposed=9, num_accepted=4))
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("the ", FINISH_STOP, "quick")
+    assert delta.token_ids == ids[: choice.num_tokens] != ids
+    assert (choice.num_accepted, choice.num_rejected) == (4, 5)
+
+
+def test_a_choice_closed_before_its_end_counts_as_aborted(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    ended, left = (_choice(tokenizer, metrics, SamplingParams()) for _ in range(2))
+    ended.take(TokenOutput("r", [5], finish_reason=FINISH_LENGTH))
+    for choice in (ended, left):
+        choice.close()
+    assert b'tandem:num_requests_aborted_total{engine="0",model_name="tiny"} 1.0' in metrics.render()

@@ -1,0 +1,138 @@
+"""An engine without a model: it answers a prompt with the prompt's own tokens, several per step.
+
+Deterministic, so a test chooses the output by choosing the prompt. `--mtp-step k` gives k + 1 tokens per step, of which
+k count as accepted drafts. A prompt that begins with one of the ids below has a special effect.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+from server.config import EngineConfig
+from server.errors import CheckpointError, InvalidRequest
+from server.messages import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    EngineStats,
+    Generate,
+    Ready,
+    TokenLogprobs,
+    TokenOutput,
+)
+
+MAX_MODEL_LEN = 256
+VOCAB_SIZE = 400
+EOS_ID = 2
+# First prompt token -> what happens when the request is added or stepped.
+RAISE_ID, EXIT_ID, REFUSE_ID, FOREVER_ID, LONG_ID = 390, 391, 392, 393, 394
+
+
+@dataclass
+class _Running:
+    request: Generate
+    num_output: int = 0
+    num_steps: int = 0
+    num_accepted: int = 0
+
+
+class FakeEngine:
+    """See the module; also records the ids of the requests that were aborted."""
+
+    def __init__(self, config: EngineConfig):
+        if config.page_size == 13:
+            raise CheckpointError("model-00001.safetensors is truncated: it has 5 bytes, its header says 13")
+        if config.page_size == 14:
+            raise RuntimeError("a bug at start")
+        self.ready = Ready(MAX_MODEL_LEN, VOCAB_SIZE, (EOS_ID,), config.mtp_step)
+        self.aborted: list[str] = []
+        self._running: dict[str, _Running] = {}
+        self._num_accepted = self._num_proposed = self._num_verify_steps = self._num_steps = 0
+
+    def add(self, request: Generate) -> None:
+        """Start a request."""
+        if request.prompt_token_ids[0] == REFUSE_ID:
+            raise InvalidRequest("the engine refuses this prompt", "prompt")
+        self._running[request.request_id] = _Running(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request."""
+        self.aborted.append(request_id)
+        self._running.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        """Whether a request runs."""
+        return bool(self._running)
+
+    def step(self) -> list[TokenOutput]:
+        """Give every request its next tokens. It takes a millisecond: endless requests must leave CPU to others."""
+        time.sleep(0.001)
+        self._num_steps += 1
+        outputs = [self._advance(running) for running in list(self._running.values())]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._running[output.request_id]
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """One page per running request, of sixteen."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_pages=16,
+            num_free_pages=16 - len(self._running),
+            num_steps=self._num_steps,
+            num_verify_steps=self._num_verify_steps,
+            num_proposed=self._num_proposed,
+            num_accepted=self._num_accepted,
+            accepted_per_position=(self._num_verify_steps,) * self.ready.mtp_step,
+        )
+
+    def _advance(self, running: _Running) -> TokenOutput:
+        prompt, sampling = running.request.prompt_token_ids, running.request.sampling
+        if prompt[0] == RAISE_ID:
+            raise RuntimeError("a bug in a step")
+        if prompt[0] == EXIT_ID and running.num_output:
+            os._exit(7)
+        room = MAX_MODEL_LEN - len(prompt)
+        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        if prompt[0] == FOREVER_ID:
+            limit = 10**9
+        if prompt[0] == LONG_ID:
+            limit = 1500
+        token_ids, finish_reason, stop_id = [], None, None
+        for _ in range(1 if running.num_output == 0 else self.ready.mtp_step + 1):
+            token_ids.append(prompt[running.num_output % len(prompt)])
+            running.num_output += 1
+            if token_ids[-1] in sampling.stop_token_ids:
+                finish_reason, stop_id = FINISH_STOP, token_ids[-1]
+            elif token_ids[-1] == EOS_ID and not sampling.ignore_eos:
+                finish_reason = FINISH_STOP
+            elif running.num_output >= limit:
+                finish_reason = FINISH_LENGTH
+            if finish_reason is not None:
+                break
+        if running.num_output > len(token_ids):
+            self._count_verify(running, len(token_ids) - 1)
+        num_logprobs = sampling.logprobs
+        logprobs = [] if num_logprobs is None else [_logprobs(token_id, num_logprobs) for token_id in token_ids]
+        return TokenOutput(
+            running.request.request_id,
+            token_ids,
+            logprobs,
+            finish_reason,
+            stop_id,
+            running.num_steps,
+            running.num_steps * self.ready.mtp_step,
+            running.num_accepted,
+        )
+
+    def _count_verify(self, running: _Running, num_accepted: int) -> None:
+        running.num_steps += 1
+        running.num_accepted += num_accepted
+        self._num_verify_steps += 1
+        self._num_proposed += self.ready.mtp_step
+        self._num_accepted += num_accepted
+
+
+def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    ids = [token_id, *(i for i in range(200, 230) if i != token_id)][:num_top]
+    return TokenLogprobs(-0.5, ids, [-0.5, *([float("-inf")] * 30)][:num_top])

@@ -1,0 +1,100 @@
+"""The engine loop over a real channel, with a fake engine."""
+
+import asyncio
+import logging
+
+import pytest
+
+from server import engine_process
+from server.channel import AsyncEnd
+from server.config import EngineConfig
+from server.engine_process import run, take_turn
+from server.messages import Abort, Fatal, Generate, Ready, SamplingParams, StepReport
+from unit_tests.server.fake_engine import RAISE_ID, REFUSE_ID, FakeEngine
+
+FAKE = "unit_tests.server.fake_engine:FakeEngine"
+
+
+def _generate(request_id: str, prompt: list[int]) -> Generate:
+    return Generate(request_id, prompt, SamplingParams(max_tokens=4))
+
+
+def test_a_turn_without_work_and_messages_says_nothing() -> None:
+    assert take_turn(FakeEngine(EngineConfig()), []) is None
+
+
+def test_an_abort_alone_gives_a_report_so_that_the_gauges_fall() -> None:
+    engine = FakeEngine(EngineConfig())
+    report = take_turn(engine, [_generate("a", [5])])
+    assert report is not None
+    assert report.stats.num_running == 1
+    report = take_turn(engine, [Abort("a")])
+    assert report is not None
+    assert report.stats.num_running == 0
+    assert report.outputs == []
+
+
+def test_a_refused_request_fails_and_the_others_go_on() -> None:
+    report = take_turn(FakeEngine(EngineConfig()), [_generate("bad", [REFUSE_ID]), _generate("good", [5])])
+    assert report is not None
+    assert [(f.request_id, f.error) for f in report.failed] == [("bad", "InvalidRequest")]
+    assert [output.request_id for output in report.outputs] == ["good"]
+
+
+def _replies(config: EngineConfig, prompt: list[int]) -> list[object]:
+    """Everything the engine process says until Fatal, with one request sent after Ready."""
+
+    async def talk() -> list[object]:
+        api = AsyncEnd()
+        engine = asyncio.create_task(asyncio.to_thread(_run_to_exit, config, api.endpoint))
+        replies: list[object] = []
+        while not (replies and isinstance(replies[-1], Fatal)):
+            replies.append(await asyncio.wait_for(api.receive(), 10))
+            if isinstance(replies[-1], Ready):
+                api.send(_generate("r", prompt))
+        assert await engine == 1
+        api.close()
+        return replies
+
+    return asyncio.run(talk())
+
+
+def _run_to_exit(config: EngineConfig, endpoint: str) -> object:
+    with pytest.raises(SystemExit) as exit:
+        run(config, endpoint, "info", FAKE)
+    return exit.value.code
+
+
+def test_a_checkpoint_error_at_start_is_told_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    (fatal,) = _replies(EngineConfig(page_size=13), [5])
+    assert isinstance(fatal, Fatal)
+    assert "truncated" in fatal.message
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("page_size", "prompt"), [(14, [5]), (16, [RAISE_ID])], ids=["at start", "in a step"])
+def test_a_bug_is_logged_with_its_traceback_and_told(
+    caplog: pytest.LogCaptureFixture, page_size: int, prompt: list[int]
+) -> None:
+    replies = _replies(EngineConfig(page_size=page_size), prompt)
+    assert isinstance(replies[-1], Fatal)
+    assert replies[-1].message.startswith("RuntimeError: a bug")
+    assert any(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+def test_the_loop_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talk() -> list[object]:
+        api = AsyncEnd()
+        lives = iter([True, True, True, False])
+        monkeypatch.setattr(engine_process, "_parent_lives", lambda: next(lives))
+        engine = asyncio.create_task(asyncio.to_thread(run, EngineConfig(), api.endpoint, "info", FAKE))
+        replies = [await asyncio.wait_for(api.receive(), 10)]
+        api.send(_generate("r", [5, 6, 7, 8]))
+        replies.append(await asyncio.wait_for(api.receive(), 10))
+        await asyncio.wait_for(engine, 10)
+        api.close()
+        return replies
+
+    ready, report = asyncio.run(talk())
+    assert isinstance(ready, Ready)
+    assert isinstance(report, StepReport)

@@ -1,0 +1,224 @@
+"""The server as real processes, with a fake engine in the engine process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.launch import check_kernels_package
+from unit_tests.server.fake_engine import EXIT_ID, FOREVER_ID, LONG_ID, RAISE_ID
+
+ROOT = Path(__file__).resolve().parents[2]
+START = (
+    "import sys; from server.launch import main; "
+    "sys.exit(main(sys.argv[1:], engine='unit_tests.server.fake_engine:FakeEngine'))"
+)
+DEADLINE_SECONDS = 20
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Poll until `condition` holds; fails at the deadline."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {DEADLINE_SECONDS} s"
+        time.sleep(0.01)
+
+
+class Server:
+    """A running server and a client for it."""
+
+    def __init__(self, checkpoint: Path, flags: Sequence[str]):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        # What a killed server leaves behind goes away with the test's own directory.
+        environment = {**os.environ, "TMPDIR": str(checkpoint.parent)}
+        arguments = ["--model", str(checkpoint), "--port", str(self.port), "--log-level", "warning", *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=DEADLINE_SECONDS)
+
+    def is_healthy(self) -> bool:
+        """Whether /health says 200."""
+        try:
+            return self.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def engine_pid(self) -> int:
+        """The process id of the engine: the child that leads a session of its own."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(pid for pid in map(int, children) if os.getsid(pid) == pid)
+
+    def num_running(self) -> float:
+        """The gauge of running requests."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("vllm:num_requests_running{")).split()[-1])
+
+    def stream(self, prompt: list[int], **fields: object) -> "httpx._client.Generator":
+        """A streaming completion of token ids."""
+        return self.http.stream("POST", "/v1/completions", json={"prompt": prompt, "stream": True, **fields})
+
+    def stop(self) -> None:
+        """End the process, whatever it does, and close the client."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(checkpoint: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers with flags and waits until they are healthy; ends them after the test."""
+    servers: list[Server] = []
+
+    def start_one(*flags: str) -> Server:
+        servers.append(Server(checkpoint, flags))
+        wait_for(servers[-1].is_healthy, "readiness")
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+def test_a_request_is_answered_and_sigterm_ends_the_server_with_0(start: Callable[..., Server]) -> None:
+    server = start("--mtp-step", "2")
+    answer = server.http.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 7}).json()
+    assert answer["usage"]["completion_tokens"] == 7
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(DEADLINE_SECONDS) == 0
+    assert server.process.stderr is not None
+    assert "Traceback" not in server.process.stderr.read()
+
+
+def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(start: Callable[..., Server]) -> None:
+    server = start("--drain-timeout", "15")
+    with server.stream([LONG_ID, 5]) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=server.http.base_url) as other:
+            wait_for(lambda: other.get("/health").status_code == 503, "draining")
+            refused = other.post("/v1/completions", json={"prompt": [5]})
+            assert refused.status_code == 503
+            assert "shutting down" in refused.json()["error"]["message"]
+        last = [line for line in lines if line][-2:]
+    assert json.loads(last[0].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert last[1] == "data: [DONE]"
+    assert server.process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_what_does_not_finish_within_the_drain_timeout_ends_with_an_error_event(start: Callable[..., Server]) -> None:
+    server = start("--drain-timeout", "0.2")
+    with server.stream([FOREVER_ID, 5]) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line][-2:]
+    assert json.loads(last[0].removeprefix("data: "))["error"]["code"] == 503
+    assert last[1] == "data: [DONE]"
+    assert server.process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_a_killed_engine_fails_every_request_and_the_server_exits_with_1(start: Callable[..., Server]) -> None:
+    server = start()
+    with server.stream([FOREVER_ID, 5]) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        last = [line for line in lines if line][-2:]
+    assert "SIGKILL" in json.loads(last[0].removeprefix("data: "))["error"]["message"]
+    assert last[1] == "data: [DONE]"
+    assert server.process.wait(DEADLINE_SECONDS) == 1
+
+
+@pytest.mark.parametrize("prompt", [[RAISE_ID], [EXIT_ID, 5]], ids=["bug", "exit"])
+def test_an_engine_that_fails_in_a_step_answers_503_and_the_server_exits_with_1(
+    start: Callable[..., Server], prompt: list[int]
+) -> None:
+    server = start()
+    answer = server.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 9})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+    assert server.process.wait(DEADLINE_SECONDS) == 1
+
+
+def test_the_engine_ends_when_the_server_is_killed(start: Callable[..., Server]) -> None:
+    server = start()
+    engine_pid = server.engine_pid()
+    server.process.kill()
+    wait_for(lambda: not Path(f"/proc/{engine_pid}/cmdline").exists() or _is_zombie(engine_pid), "the engine's end")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_request(start: Callable[..., Server], stream: bool) -> None:
+    server = start()
+    body = json.dumps({"prompt": [FOREVER_ID, 5], "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + body)
+        wait_for(lambda: server.num_running() == 1, "the request's start")
+    wait_for(lambda: server.num_running() == 0, "the abort")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--page-size", "13"], "truncated"),
+        (["--page-size", "14"], "a bug at start"),
+        (["--model", "/nowhere"], "/nowhere is not a directory"),
+        (["--model", str(ROOT / "server")], "tokenizer.json does not exist"),
+        (["--mtp-step", "99"], "--mtp-step is 99"),
+    ],
+)
+def test_a_start_that_fails_is_one_line_and_exit_code_1(checkpoint: Path, flags: list[str], message: str) -> None:
+    server = Server(checkpoint, flags)
+    _, errors = server.process.communicate(timeout=DEADLINE_SECONDS)
+    server.stop()
+    assert server.process.returncode == 1
+    last_line = errors.splitlines()[-1]
+    assert last_line.startswith("tandem: error: ")
+    assert message in last_line
+    assert "Traceback" not in errors or "a bug" in message
+
+
+def test_a_port_that_is_taken_is_named(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = Server(checkpoint, ["--port", str(port)])
+        _, errors = server.process.communicate(timeout=DEADLINE_SECONDS)
+        server.stop()
+    assert server.process.returncode == 1
+    assert f"--port {port}" in errors
+
+
+def test_the_http_process_does_not_import_torch() -> None:
+    code = "import sys, server.launch, server.api.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_foreign_kernels_package_is_named_with_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {START}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip uninstall kernels" in done.stderr
+    check_kernels_package()

@@ -1,0 +1,187 @@
+"""Text to ids and back, whole and in pieces."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from server.errors import CheckpointError, InvalidRequest
+from server.messages import SamplingParams
+from server.tokenizer import Detokenizer, StopMatcher, Tokenizer
+
+TEXT = "the quick naïve café 中文字符 😀😀 <a token> 12 + 30 = 42\n"
+
+
+def _split(token_ids: list[int], rng: random.Random) -> list[list[int]]:
+    pieces = []
+    while token_ids:
+        size = rng.randint(1, 4)
+        pieces.append(token_ids[:size])
+        token_ids = token_ids[size:]
+    return pieces
+
+
+def test_encoding_and_decoding_give_the_text_back(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_decoding_equals_the_tokenizers_library_on_random_ids(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip) == tokenizer._tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_ids_without_a_token_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([tokenizer.vocab_size + 50]) == ""
+
+
+def test_special_tokens_in_text_become_their_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("<|im_end|>") == [2]
+    assert tokenizer.eos_token_ids == (2,)
+
+
+def test_added_tokens_that_are_not_special_are_kept_when_special_ones_are_skipped(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("<think>a<|im_end|>")) == "<think>a"
+
+
+def test_the_chat_template_gets_messages_and_further_variables(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    plain = "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == plain
+    assert tokenizer.apply_chat_template(messages) == plain + "<|im_start|>assistant\n"
+    thinking = tokenizer.apply_chat_template(messages, enable_thinking=True)
+    assert thinking == plain + "<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "a", "content": "b"}, {"role": "system", "content": "c"}], [{"role": 5}]]
+)
+def test_messages_the_template_refuses_are_an_invalid_request(tokenizer: Tokenizer, messages: list) -> None:
+    with pytest.raises(InvalidRequest, match="chat template refused"):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_the_template_may_come_from_the_tokenizer_config(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
+    assert not Tokenizer(tmp_path).has_chat_template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages | tojson }}"}))
+    assert Tokenizer(tmp_path).apply_chat_template([{"a": "é<"}]) == '[{"a": "é<"}]'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ('{"model":', "not valid JSON"),
+        ("{}", "type None"),
+        ('{"model": {"type": "Unigram"}}', "BPE"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_served_is_a_checkpoint_error(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_streamed_text_equals_decoding_all_tokens_for_any_pieces(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(30)] + tokenizer.encode(TEXT)
+        detokenizer = Detokenizer(tokenizer, SamplingParams())
+        deltas = [detokenizer.push(piece) for piece in _split(ids, rng)]
+        assert "".join(deltas) + detokenizer.finish() == tokenizer.decode(ids)
+
+
+def test_characters_are_never_split(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    deltas = [detokenizer.push([token_id]) for token_id in tokenizer.encode("字符😀字")]
+    assert len(deltas) > 4, "the characters must need several tokens each, or this proves nothing"
+    assert "\ufffd" not in "".join(deltas)
+
+
+def test_a_stop_token_gives_no_text_unless_it_is_asked_for(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the fox")
+    silent = Detokenizer(tokenizer, SamplingParams())
+    assert silent.push(ids, ends_with_stop_token=True) == tokenizer.decode(ids[:-1])
+    assert silent.num_used == len(ids)
+    assert Detokenizer(tokenizer, SamplingParams(include_stop_str_in_output=True)).push(ids, True) == "the fox"
+
+
+@pytest.mark.parametrize("pieces", ["whole", "single"])
+@pytest.mark.parametrize(
+    ("stop", "text", "match"),
+    [
+        (("quick",), "the ", "quick"),
+        (("k b", "own"), "the quic", "k b"),
+        (("rown fox", "own"), "the quick br", "own"),  # the one that ends first
+        (("own", "rown"), "the quick b", "rown"),  # of two that end together, the longest
+        (("the",), "", "the"),
+        (("absent",), "the quick brown fox", None),
+        (("fox!",), "the quick brown fox", None),
+    ],
+)
+def test_stop_strings_cut_at_the_first_match_for_any_pieces(
+    tokenizer: Tokenizer, pieces: str, stop: tuple[str, ...], text: str, match: str | None
+) -> None:
+    ids = tokenizer.encode("the quick brown fox")
+    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=stop))
+    parts = [detokenizer.push(piece) for piece in ([ids] if pieces == "whole" else [[i] for i in ids])]
+    assert "".join(parts) + detokenizer.finish() == text
+    assert detokenizer.stop_match == match
+    used = tokenizer.decode(ids[: detokenizer.num_used])
+    assert match is None or (match in used and match not in tokenizer.decode(ids[: detokenizer.num_used - 1]))
+
+
+def test_the_stop_string_is_kept_when_asked_for(tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(stop=("quick",), include_stop_str_in_output=True)
+    assert Detokenizer(tokenizer, sampling).push(tokenizer.encode("the quick brown")) == "the quick"
+
+
+def test_stop_strings_count_only_after_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("12 12 12 12")
+    num_first = next(n for n in range(len(ids)) if "12" in tokenizer.decode(ids[:n]))
+    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("12",), min_tokens=num_first))
+    assert detokenizer.push(ids) == "12 "
+    late = Detokenizer(tokenizer, SamplingParams(stop=("12",), min_tokens=len(ids)))
+    assert late.push(ids) + late.finish() == "12 12 12 12"
+
+
+def test_text_that_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("fox jumps",)))
+    assert detokenizer.push(tokenizer.encode("the fox")) == "the "
+    assert detokenizer.push(tokenizer.encode(" runs")) == "fox runs"
+
+
+def test_random_stop_strings_agree_with_a_search_over_the_whole_text() -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        text = "".join(rng.choice("ab") for _ in range(20))
+        strings = ["".join(rng.choice("ab") for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
+        found = [(text.find(s) + len(s), -len(s), s) for s in strings if s in text]
+        matcher, output, match, rest = StopMatcher(strings), "", None, text
+        while rest and match is None:
+            size = rng.randint(1, 5)
+            certain, match = matcher.push(rest[:size])
+            output, rest = output + certain, rest[size:]
+        if not found:
+            assert match is None
+            assert output + matcher.take_held() == text
+        else:
+            end, _, expected = min(found)
+            assert (output, match) == (text[: end - len(expected)], expected)
+
+
+def test_very_long_stop_strings_cost_linear_time() -> None:
+    started = time.perf_counter()
+    matcher = StopMatcher(["a" * 100_000 + "b", "a" * 50_000 + "c"])
+    certain = "".join(matcher.push("a" * 10)[0] for _ in range(12_000))
+    assert len(certain) == 20_000
+    assert time.perf_counter() - started < 5  # a quadratic search takes minutes
