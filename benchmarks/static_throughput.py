@@ -8,11 +8,8 @@ interleaved. Prints a table, and as the last line one JSON object.
 
 import argparse
 import gc
-import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.random_checkpoint import PRESETS, write_random_checkpoint
-from server.engine import Engine
+from benchmarks.report import print_json, print_table
 from server.config import EngineConfig
+from server.engine import Engine
 from server.messages import Generate, SamplingParams
 
 PROMPT_LEN = 64
@@ -166,29 +164,6 @@ def run_preset(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"preset": preset, "dtype": PRESETS[preset]["dtype"], "rows": rows, "transformers": versus}
 
 
-def describe_machine() -> dict[str, Any]:
-    """Commit, versions and device of this run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": platform.processor() or platform.machine(),
-        "num_cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def print_table(rows: list[dict[str, float]]) -> None:
-    """Rows of one kind, columns in the order of the first."""
-    if not rows:
-        return
-    print("  ".join(f"{name:>{max(len(name), 10)}}" for name in rows[0]))
-    for row in rows:
-        cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()]
-        print("  ".join(f"{cell:>{max(len(name), 10)}}" for name, cell in zip(row, cells, strict=True)))
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_throughput", description=__doc__)
     parser.add_argument("--preset", nargs="+", default=["tiny"], choices=list(PRESETS), help="model dimensions")
@@ -209,8 +184,7 @@ def main(argv: list[str]) -> None:
         print(f"\n{result['preset']} ({result['dtype']}), prompt {PROMPT_LEN}, {args.num_threads} threads")
         print_table(result["rows"])
         print_table(result["transformers"])
-    config = {name: value for name, value in vars(args).items()}
-    print(json.dumps({"benchmark": "static_throughput", "config": config, **describe_machine(), "results": results}))
+    print_json("static_throughput", vars(args), results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Does a long prompt block the others? `python -m benchmarks.long_prompt [--model DIR]`.
+
+Some requests decode; in every second round a long prompt arrives in the middle. Reports the gap between two messages of
+a decoding request (ITL) with and without it, beside the time of one prefill chunk alone: no gap should exceed a decode
+step plus one chunk. Prints a table, and as the last line one JSON object.
+"""
+
+import argparse
+import random
+import sys
+import time
+from typing import Any
+
+from tqdm import trange
+
+from benchmarks.report import percentile, print_json, print_table
+from server.config import DEMO_MODEL, EngineConfig
+from server.engine import Engine
+from server.messages import Generate, SamplingParams
+
+
+def serve_round(engine: Engine, args: argparse.Namespace, has_long_prompt: bool) -> dict[str, list[float]]:
+    """Decode `--batch` requests for `--steps` steps. Milliseconds: gaps of each decoding request, steps with a chunk."""
+    rng = random.Random(0)
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    for index in range(args.batch):
+        engine.add(Generate(str(index), _draw(rng, 32), endless))
+    while not all(request.is_decoding for request in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    last_seen: dict[str, float] = {}
+    gaps, chunk_steps = [], []
+    for number in range(args.steps):
+        if has_long_prompt and number == args.steps // 4:
+            engine.add(Generate("long", _draw(rng, args.long_prompt_len), SamplingParams(temperature=0, max_tokens=1)))
+        start, prompt_tokens = time.perf_counter(), engine.stats().num_prompt_tokens
+        outputs = engine.step()
+        now = time.perf_counter()
+        if engine.stats().num_prompt_tokens > prompt_tokens:
+            chunk_steps.append(1e3 * (now - start))
+        for output in outputs:
+            if output.request_id in last_seen:
+                gaps.append(1e3 * (now - last_seen[output.request_id]))
+            last_seen[output.request_id] = now
+    for index in range(args.batch):
+        engine.abort(str(index))
+    engine.abort("long")
+    return {"gaps": gaps, "chunk_steps": chunk_steps}
+
+
+def _draw(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(256) for _ in range(count)]
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per chunk size and case."""
+    rows = []
+    for chunk_size in args.chunked_prefill_size:
+        config = EngineConfig(
+            model=args.model,
+            mtp_step=args.mtp_step,
+            chunked_prefill_size=chunk_size,
+            max_running_requests=args.batch + 1,
+            max_model_len=4096,
+            num_threads=args.num_threads,
+        )
+        engine = Engine(config)
+        serve_round(engine, args, has_long_prompt=True)
+        samples: dict[bool, dict[str, list[float]]] = {case: {"gaps": [], "chunk_steps": []} for case in (False, True)}
+        for number in trange(2 * args.rounds, desc=f"chunk {chunk_size}"):
+            case = number % 2 == 1
+            for name, values in serve_round(engine, args, case).items():
+                samples[case][name] += values
+        for case, sample in samples.items():
+            rows.append(
+                {
+                    "chunk_size": chunk_size,
+                    "long_prompt": args.long_prompt_len if case else 0,
+                    "itl_p50_ms": percentile(sample["gaps"], 50),
+                    "itl_p99_ms": percentile(sample["gaps"], 99),
+                    "itl_max_ms": max(sample["gaps"]),
+                    "longest_step_with_chunk_ms": max(sample["chunk_steps"], default=0.0),
+                    "steps_with_chunk": len(sample["chunk_steps"]) / args.rounds,
+                }
+            )
+    return rows
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_prompt", description=__doc__)
+    parser.add_argument("--model", default=DEMO_MODEL, help="checkpoint directory; the bundled demo when not given")
+    parser.add_argument("--mtp-step", type=int, default=1, help="drafts per decode step")
+    parser.add_argument("--batch", type=int, default=8, help="requests that decode")
+    parser.add_argument("--long-prompt-len", type=int, default=2000, help="tokens of the prompt that arrives")
+    parser.add_argument("--chunked-prefill-size", nargs="+", type=int, default=[128, 512, 2048], help="chunk sizes")
+    parser.add_argument("--steps", type=int, default=80, help="engine steps per round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each case, interleaved")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    rows = measure(args)
+    print_table(rows)
+    print_json("long_prompt", vars(args), rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
