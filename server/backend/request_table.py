@@ -25,12 +25,11 @@ class RequestTable:
         self.seq_len = column()
         self.accept_len = column()
         self.next_ids = column(mtp_step + 1)
-        self.prompt_len = column()
-        self.min_tokens = column()
-        self.seed = column()
-        self.top_k = column()
-        self.temperature, self.top_p, self.min_p = (column(dtype=torch.float32) for _ in range(3))
-        self.repetition, self.frequency, self.presence = (column(dtype=torch.float32) for _ in range(3))
+        self._counts = column(4)
+        self.prompt_len, self.min_tokens, self.top_k, self.seed = self._counts.unbind(1)
+        self._scales = column(6, dtype=torch.float32)
+        self.temperature, self.top_p, self.min_p = self._scales[:, :3].unbind(1)
+        self.repetition, self.frequency, self.presence = self._scales[:, 3:].unbind(1)
         self.output_counts: Tensor | None = None  # [R, V] int32 and [R, V] bool, made for the first penalised request
         self.in_prompt: Tensor | None = None
         self._num_pages_written = [0] * num_rows
@@ -43,13 +42,11 @@ class RequestTable:
         self.page_table[row] = 0
         self._num_pages_written[row] = 0
         self.seq_len[row] = self.accept_len[row] = 0
-        self.prompt_len[row] = len(request.prompt_ids)
-        self.seed[row] = request.seed
-        columns = ("min_tokens", "top_k", "temperature", "top_p", "min_p")
-        for name in columns:
-            getattr(self, name)[row] = getattr(sampling, name)
-        for name in ("repetition", "frequency", "presence"):
-            getattr(self, name)[row] = getattr(sampling, f"{name}_penalty")
+        counts = [len(request.prompt_ids), sampling.min_tokens, sampling.top_k, request.seed]
+        self._counts[row] = torch.tensor(counts, device=self.device)
+        scales = [sampling.temperature, sampling.top_p, sampling.min_p]
+        scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
+        self._scales[row] = torch.tensor(scales, device=self.device)
         if has_penalty(sampling):
             self._count_known_tokens(request)
 

@@ -77,35 +77,52 @@ class Sampler:
         return results
 
     def _apply_rules(self, logits: Tensor, requests: list[Request], positions: Tensor, window: Tensor | None) -> Tensor:
-        """min_tokens mask, logit_bias and penalties on logits [B, T, V], in place where they are asked for."""
-        for index, request in enumerate(requests):
-            sampling = request.sampling
-            if sampling.min_tokens:
-                output_index = positions[index] - self.table.prompt_len[request.row]
-                stop_ids = torch.tensor([*self.eos_ids, *sampling.stop_token_ids], device=logits.device)
-                masked = logits[index].index_fill(1, stop_ids, -torch.inf)
-                is_early = output_index < sampling.min_tokens
-                logits[index] = torch.where(is_early[:, None], masked, logits[index])
-            if sampling.logit_bias:
-                ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-                logits[index, :, ids] += torch.tensor(
-                    list(sampling.logit_bias.values()), dtype=logits.dtype, device=logits.device
-                )
-            if has_penalty(sampling):
-                logits[index] = self._penalise(logits[index], request, None if window is None else window[index])
+        """min_tokens mask, logit_bias and penalties on logits [B, T, V], in place, where requests ask for them."""
+        self._mask_early_stops(logits, requests, positions)
+        biases = [(i, *bias) for i, request in enumerate(requests) for bias in request.sampling.logit_bias.items()]
+        if biases:
+            index, ids, values = zip(*biases, strict=True)
+            where = _index(logits, index, ids)
+            added = torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+            logits.transpose(1, 2).index_put_(where, added.expand(-1, logits.shape[1]), accumulate=True)
+        penalised = [i for i, request in enumerate(requests) if has_penalty(request.sampling)]
+        if penalised:
+            rows = torch.tensor([requests[i].row for i in penalised], device=logits.device)
+            logits[penalised] = self._penalise(logits[penalised], rows, None if window is None else window[penalised])
         return logits
 
-    def _penalise(self, logits: Tensor, request: Request, window: Tensor | None) -> Tensor:
-        """One request's rows [T, V]: row t counts the committed output and the drafts before it in the window."""
-        table, num_rows = self.table, len(logits)
+    def _mask_early_stops(self, logits: Tensor, requests: list[Request], positions: Tensor) -> None:
+        stops = [
+            (i, stop_id)
+            for i, request in enumerate(requests)
+            if request.sampling.min_tokens
+            for stop_id in {*self.eos_ids, *request.sampling.stop_token_ids}
+        ]
+        if not stops:
+            return
+        rows = torch.tensor([request.row for request in requests], device=logits.device)
+        output_index = positions - self.table.prompt_len[rows, None]
+        is_early = output_index < self.table.min_tokens[rows, None]  # [B, T]
+        where = _index(logits, *zip(*stops, strict=True))
+        by_token = logits.transpose(1, 2)
+        by_token[where] = by_token[where].masked_fill(is_early[where[0]], -torch.inf)
+
+    def _penalise(self, logits: Tensor, rows: Tensor, window: Tensor | None) -> Tensor:
+        """Rows [B, T, V] of the requests in `rows` [B]: row t counts the committed output and the drafts before it."""
+        table, num_rows = self.table, logits.shape[1]
         assert table.output_counts is not None and table.in_prompt is not None
-        counts = table.output_counts[request.row].repeat(num_rows, 1)
-        if window is not None:
-            for row in range(1, num_rows):
-                counts[row:, window[row]] += 1
+        counts = table.output_counts[rows][:, None].repeat(1, num_rows, 1)
+        for row in range(1, 0 if window is None else num_rows):
+            drafted = window[:, row, None, None].expand(-1, num_rows - row, 1)
+            counts[:, row:].scatter_add_(2, drafted, torch.ones_like(drafted, dtype=counts.dtype))
         columns = (table.repetition, table.frequency, table.presence)
-        penalties = (column[request.row].expand(num_rows).to(logits.dtype) for column in columns)
-        return apply_penalties(logits, counts, table.in_prompt[request.row].expand(num_rows, -1), *penalties)
+        penalties = (column[rows].repeat_interleave(num_rows).to(logits.dtype) for column in columns)
+        in_prompt = table.in_prompt[rows].repeat_interleave(num_rows, dim=0)
+        return apply_penalties(logits.flatten(0, 1), counts.flatten(0, 1), in_prompt, *penalties).view_as(logits)
+
+
+def _index(logits: Tensor, *columns: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(column, device=logits.device) for column in columns)
 
 
 def _is_plain_greedy(request: Request) -> bool:
