@@ -14,14 +14,15 @@ from typing import Any
 from tqdm import trange
 
 from benchmarks.report import percentile, print_json, print_table
-from server.config import DEMO_MODEL, EngineConfig
-from server.engine import Engine
-from server.messages import Generate, SamplingParams
+from server.llm import LLM, Generate, SamplingParams
 
 
-def serve_round(engine: Engine, args: argparse.Namespace, has_long_prompt: bool) -> dict[str, list[float]]:
-    """Decode `--batch` requests for `--steps` steps. Milliseconds: gaps of each decoding request, steps with a chunk."""
-    rng = random.Random(0)
+def serve_round(llm: LLM, args: argparse.Namespace, has_long_prompt: bool) -> dict[str, list[float]]:
+    """Decode `--batch` requests for `--steps` steps.
+
+    In milliseconds: "gaps" between messages of each decoding request, "chunk_steps" that ran a prefill chunk.
+    """
+    engine, rng = llm.engine, random.Random(0)
     endless = SamplingParams(temperature=0, ignore_eos=True)
     for index in range(args.batch):
         engine.add(Generate(str(index), _draw(rng, 32), endless))
@@ -55,20 +56,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per chunk size and case."""
     rows = []
     for chunk_size in args.chunked_prefill_size:
-        config = EngineConfig(
-            model=args.model,
+        llm = LLM(
+            **({"model": args.model} if args.model else {}),
             mtp_step=args.mtp_step,
             chunked_prefill_size=chunk_size,
             max_running_requests=args.batch + 1,
             max_model_len=4096,
             num_threads=args.num_threads,
         )
-        engine = Engine(config)
-        serve_round(engine, args, has_long_prompt=True)
+        serve_round(llm, args, has_long_prompt=True)
         samples: dict[bool, dict[str, list[float]]] = {case: {"gaps": [], "chunk_steps": []} for case in (False, True)}
         for number in trange(2 * args.rounds, desc=f"chunk {chunk_size}"):
             case = number % 2 == 1
-            for name, values in serve_round(engine, args, case).items():
+            for name, values in serve_round(llm, args, case).items():
                 samples[case][name] += values
         for case, sample in samples.items():
             rows.append(
@@ -86,8 +86,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_prompt", description=__doc__)
-    parser.add_argument("--model", default=DEMO_MODEL, help="checkpoint directory; the bundled demo when not given")
+    parser.add_argument("--model", help="checkpoint directory; the bundled demo when not given")
     parser.add_argument("--mtp-step", type=int, default=1, help="drafts per decode step")
     parser.add_argument("--batch", type=int, default=8, help="requests that decode")
     parser.add_argument("--long-prompt-len", type=int, default=2000, help="tokens of the prompt that arrives")
@@ -99,6 +100,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Measure and print."""
     args = parse_args(argv)
     rows = measure(args)
     print_table(rows)

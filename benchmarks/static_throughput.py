@@ -22,9 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.random_checkpoint import PRESETS, write_random_checkpoint
 from benchmarks.report import print_json, print_table
-from server.config import EngineConfig
-from server.engine import Engine
-from server.messages import Generate, SamplingParams
+from server.llm import LLM, Generate, SamplingParams
 
 PROMPT_LEN = 64
 EOS_FREE = SamplingParams(temperature=0, ignore_eos=True)
@@ -35,15 +33,14 @@ class DecodeBench:
 
     def __init__(self, checkpoint: Path, batch: int, mtp_step: int, num_threads: int, room: int):
         lookahead = 2 * mtp_step + 1
-        config = EngineConfig(
+        self.engine = LLM(
             model=str(checkpoint),
             mtp_step=mtp_step,
             max_running_requests=batch,
             max_model_len=PROMPT_LEN + room,
             max_total_tokens=batch * (PROMPT_LEN + room + lookahead + 16),
             num_threads=num_threads,
-        )
-        self.engine = Engine(config)
+        ).engine
         self.draft_seconds = 0.0
         if self.engine.runner.drafter is not None:
             self.engine.runner.drafter.propose = self._timed(self.engine.runner.drafter.propose)  # type: ignore[method-assign]
@@ -51,11 +48,9 @@ class DecodeBench:
         for index in range(batch):
             prompt = [rng.randrange(1, self.engine.ready.vocab_size) for _ in range(PROMPT_LEN)]
             self.engine.add(Generate(str(index), prompt, EOS_FREE))
-        while not all(request.is_decoding for request in self.engine.scheduler.running) or self._is_waiting():
+        scheduler = self.engine.scheduler
+        while scheduler.waiting or not all(request.is_decoding for request in scheduler.running):
             self.engine.step()
-
-    def _is_waiting(self) -> bool:
-        return bool(self.engine.scheduler.waiting)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
@@ -165,6 +160,7 @@ def run_preset(preset: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_throughput", description=__doc__)
     parser.add_argument("--preset", nargs="+", default=["tiny"], choices=list(PRESETS), help="model dimensions")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16], help="decoding requests")
@@ -177,6 +173,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Measure and print."""
     args = parse_args(argv)
     torch.set_num_threads(args.num_threads)
     results = [run_preset(preset, args) for preset in args.preset]

@@ -4,7 +4,6 @@ N tokens of B requests, HQ query heads, HKV key-value heads (query head h uses k
 dimension, P pages of a request. Softmax in float32 or wider inside torch's scaled_dot_product_attention.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,9 +29,7 @@ def paged_attention(q: Tensor, kv: Tensor, page_table: Tensor, mask: Tensor) -> 
     (batch, _, num_tokens, length), (num_kv_heads, dim) = mask.shape, kv.shape[3:]
     page_size, group = kv.shape[2], q.shape[1] // num_kv_heads
     pages = page_table[:, : -(-length // page_size)].flatten()
-    keys, values = (
-        x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :length].transpose(1, 2) for x in kv
-    )
+    keys, values = (x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :length].transpose(1, 2) for x in kv)
     q = q.view(batch, num_tokens, num_kv_heads, group, dim)
     if num_tokens == 1:
         out = F.scaled_dot_product_attention(q[:, 0], keys, values, attn_mask=mask)  # the group is the query axis

@@ -38,7 +38,7 @@ def causal_conv1d_cached(u: Tensor, weight: Tensor, ring: Tensor, read_slots: Te
     tokens of u. A verify step needs ring_len >= T + W - 1, so that what it writes spares what the next one reads.
     """
     slots = ring.flatten(0, 1)
-    history = slots.index_select(0, read_slots).unflatten(0, (u.shape[0], -1))
+    history = slots.index_select(0, read_slots).view(u.shape[0], -1, u.shape[2])
     out = causal_conv1d(u, weight, history)
     num_kept = len(write_slots) // u.shape[0]
     slots.index_copy_(0, write_slots, u[:, u.shape[1] - num_kept :].flatten(0, 1))

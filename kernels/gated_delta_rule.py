@@ -88,9 +88,9 @@ def gated_delta_rule_verify(
     state stands at start_len - accept_len, on exit at start_len.
     """
     current = _fold(state, ring, fold)
-    if current.data_ptr() != state[fold.rows].data_ptr():
+    if isinstance(fold.rows, Tensor):
         state[fold.rows] = current
-    out, u = _run_rows(*(x.transpose(1, 2) for x in (q, k, v)), log_alpha.mT, beta.mT, current)
+    out, u = _run_rows(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), log_alpha.mT, beta.mT, current)
     for part, value in zip(ring, (k, u.transpose(1, 2), log_alpha.exp()), strict=True):
         part.flatten(0, 1).index_copy_(0, write_slots, value.flatten(0, 1))
     return out.transpose(1, 2)
@@ -102,7 +102,7 @@ def _fold(state: Tensor, ring: DeltaRing, fold: Fold) -> Tensor:
     if len(fold.slots) == 0:
         return current
     batch, num_heads = current.shape[:2]
-    k, u, alpha = (x.flatten(0, 1).index_select(0, fold.slots).unflatten(0, (batch, -1)) for x in ring)
+    k, u, alpha = (x.flatten(0, 1).index_select(0, fold.slots).view(batch, -1, *x.shape[2:]) for x in ring)
     alpha = alpha.mT  # [B, HV, F]
     if fold.is_accepted is not None:
         alpha = torch.where(fold.is_accepted[:, None], alpha, 1.0)
@@ -135,14 +135,13 @@ def _run_chunks(
     return torch.cat(outs, dim=2).transpose(1, 2), state
 
 
-def _run_rows(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _run_rows(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk, heads first: outputs and u, both [B, HV, T, DV]. q, k [B, HK, T, DK]; log_alpha, beta [B, HV, T]."""
     num_rows, num_heads = q.shape[2], v.shape[1]
     total = log_alpha.cumsum(-1) if num_rows > 1 else log_alpha
     decayed = _expand_heads(torch.cat([q, k], dim=2), num_heads) @ state
-    q_state, k_state = (decayed.unflatten(2, (2, num_rows)) * total.exp()[:, :, None, :, None]).unbind(2)
+    shape = (len(q), num_heads, 2, num_rows, -1)
+    q_state, k_state = (decayed.view(shape) * total.exp()[:, :, None, :, None]).unbind(2)
     u = (v - k_state) * beta[..., None]
     if num_rows == 1:
         return torch.addcmul(q_state, _expand_heads(torch.linalg.vecdot(q, k)[..., None], num_heads), u), u
@@ -156,4 +155,4 @@ def _run_rows(
 def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, HK, ...] -> [B, HV, ...]: value head i reads key head i // (HV / HK)."""
     repeat = num_heads // x.shape[1]
-    return x if repeat == 1 else x.repeat_interleave(repeat, dim=1)
+    return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, *x.shape[2:]).flatten(1, 2)

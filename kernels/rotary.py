@@ -1,4 +1,4 @@
-"""Rotary position embedding on the first dimensions of each head. Source: Qwen3.5, half-split pairs (i, i + D_rot/2)."""
+"""Rotary embedding of the first dimensions of each head. Source: Qwen3.5, half-split pairs (i, i + D_rot / 2)."""
 
 import torch
 from torch import Tensor

@@ -68,9 +68,13 @@ class GDNCache:
         )
 
     def reset(self, row: int) -> None:
-        """Make the row that of an empty sequence: zero state, zero convolution history."""
-        self.state[:, row] = 0
-        self.conv_ring[:, row] = 0
+        """Make the row that of an empty sequence: zero state, zero convolution history.
+
+        The delta ring is cleared too: slots of tokens that were not accepted are read and multiplied by zero, which a
+        NaN left by the row's last request would survive.
+        """
+        for tensor in (self.state, *self.ring, self.conv_ring):
+            tensor[:, row] = 0
 
     def layer_ring(self, layer: int) -> DeltaRing:
         return DeltaRing(*(part[layer] for part in self.ring))

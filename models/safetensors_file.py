@@ -44,7 +44,7 @@ class FileTensor:
 
     def _read(self, file: Any, num_rows: int, row_bytes: int) -> Tensor:
         raw = torch.empty(num_rows * row_bytes, dtype=torch.uint8)
-        target, done = memoryview(raw.numpy()), 0
+        target, done = raw.numpy().data, 0
         while done < len(target):
             count = file.readinto(target[done:])
             if not count:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from server.config import EngineConfig
@@ -11,7 +12,7 @@ from server.errors import InvalidRequest
 from server.messages import FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
 from server.tokenizer import Detokenizer, Tokenizer
 
-__all__ = ["LLM", "Output", "SamplingParams"]
+__all__ = ["LLM", "Generate", "Output", "SamplingParams"]
 
 
 @dataclass
@@ -45,12 +46,16 @@ class LLM:
     def __init__(self, **settings: Any):
         self.config = EngineConfig(**settings)
         self.engine = Engine(self.config)
-        self.tokenizer = Tokenizer(self.config.model)
         self._request_ids = itertools.count()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read when text is first needed."""
+        return Tokenizer(self.config.model)
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[int]],
+        prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  (frozen)
     ) -> list[Output]:
         """Complete all prompts (texts, or token ids) together; one SamplingParams for all, or one each.
@@ -58,7 +63,7 @@ class LLM:
         Raises InvalidRequest for a prompt that cannot be served; nothing is left behind then.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        jobs = self._submit(list(prompts), each)
+        jobs = self._submit(prompts, each)
         for _ in self._run(jobs):
             pass
         return [job.output for job in jobs.values()]
@@ -67,12 +72,12 @@ class LLM:
         """One Output per step with what is new in it; the last one has the finish_reason. Leaving early aborts."""
         yield from self._run(self._submit([prompt], [params]))
 
-    def _submit(self, prompts: list[str] | list[list[int]], params: list[SamplingParams]) -> "dict[str, _Job]":
+    def _submit(self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams]) -> "dict[str, _Job]":
         jobs: dict[str, _Job] = {}
         try:
             for prompt, sampling in zip(prompts, params, strict=True):
                 request_id = f"llm-{next(self._request_ids)}"
-                token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 self.engine.add(Generate(request_id, token_ids, sampling))
                 jobs[request_id] = _Job(Output(), Detokenizer(self.tokenizer, sampling))
         except InvalidRequest:

@@ -10,7 +10,7 @@ from models.weight_slot import WeightSlot
 
 
 class RMSNorm(nn.Module):
-    """x [..., size] -> the same shape. The scale 1 + w is kept in float32 or wider: bf16 would lose bits of a small w."""
+    """x [..., size] -> the same shape. The scale 1 + w stays in float32 or wider: bf16 would lose bits of a small w."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype):
         super().__init__()

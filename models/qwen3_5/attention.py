@@ -35,9 +35,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
         q_gate, k, v = self.qkv(x)
-        q, gate = q_gate.unflatten(-1, (self.num_heads, 2 * self.head_dim)).chunk(2, dim=-1)  # [N, HQ, D] each
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q, gate = q_gate.view(-1, self.num_heads, 2 * self.head_dim).chunk(2, dim=-1)  # [N, HQ, D] each
+        k, v = (part.view(-1, self.num_kv_heads, self.head_dim) for part in (k, v))  # [N, HKV, D] each
         q = apply_rotary(self.q_norm(q), *rotary)
         k = apply_rotary(self.k_norm(k), *rotary)
         out = self._attend(q, k, v, forward) * gate.sigmoid()
@@ -46,7 +45,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, forward: ForwardBatch) -> Tensor:
         view = forward.view
         if view is None:
-            q, k, v = (x.unflatten(0, (forward.num_requests, -1)) for x in (q, k, v))
+            q, k, v = (x.view(forward.num_requests, -1, *x.shape[1:]) for x in (q, k, v))
             return causal_attention(q, k, v).flatten(0, 1)
         kv = view.cache.kv.data[self.layer]
         store_kv(k, v, kv, forward.kv_slots)

@@ -47,15 +47,15 @@ class GatedDeltaNet(nn.Module):
         beta = b.to(self.A_log.dtype).sigmoid()
         log_alpha = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         mixed = self._mix(qkv, log_alpha, beta, forward)
-        z = z.unflatten(-1, (self.value_heads, self.value_dim))
+        z = z.view(-1, self.value_heads, self.value_dim)
         return self.out(gated_rms_norm(mixed, z, self.norm_weight, self.eps).flatten(-2))
 
     def _mix(self, qkv: Tensor, log_alpha: Tensor, beta: Tensor, forward: ForwardBatch) -> Tensor:
         """The sequence mixing: qkv [N, C], log_alpha, beta [N, HV] -> [N, HV, DV]."""
         mixed = []
         for span, part in forward.parts:
-            inputs = (x[span].unflatten(0, (part.num_requests, -1)) for x in (qkv, log_alpha, beta))
-            mixed.append(self._mix_part(*inputs, part).flatten(0, 1))
+            u, g, b = (x[span].view(part.num_requests, -1, x.shape[-1]) for x in (qkv, log_alpha, beta))
+            mixed.append(self._mix_part(u, g, b, part).flatten(0, 1))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _mix_part(self, qkv: Tensor, log_alpha: Tensor, beta: Tensor, part: ForwardBatch) -> Tensor:
@@ -74,8 +74,8 @@ class GatedDeltaNet(nn.Module):
         """Convolved channels [B, T, C] -> normed, scaled q and k [B, T, HK, DK] and v [B, T, HV, DV], wide."""
         qk_size = 2 * self.key_heads * self.key_dim
         qk, v = qkv.split([qk_size, qkv.shape[-1] - qk_size], dim=-1)
-        q, k = l2_norm(qk.unflatten(-1, (2, self.key_heads, self.key_dim))).unbind(-3)
-        return q * self.key_dim**-0.5, k, v.unflatten(-1, (self.value_heads, self.value_dim))
+        q, k = l2_norm(qk.reshape(*qk.shape[:2], 2, self.key_heads, self.key_dim)).unbind(2)
+        return q * self.key_dim**-0.5, k, v.view(*v.shape[:2], self.value_heads, self.value_dim)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.in_proj.weight_slots(prefix)

@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
         yield from self.input_norm.weight_slots(f"{prefix}.input_layernorm")
         yield from self.mixer.weight_slots(f"{prefix}.{mixer_name}")
         yield from self.post_norm.weight_slots(f"{prefix}.post_attention_layernorm")
-        yield from self.mlp.weight_slots(f"{prefix}.mlp")
+        yield from self.mlp.weight_slots(f"{prefix}.mlp")  # type: ignore[operator]
 
 
 class Qwen35(nn.Module):
@@ -102,7 +102,7 @@ class Qwen35(nn.Module):
         """Every checkpoint tensor of the target, under the text-only prefix `model.`."""
         yield from self.embed_tokens.weight_slots("model.embed_tokens")
         for index, layer in enumerate(self.layers):
-            yield from layer.weight_slots(f"model.layers.{index}")
+            yield from layer.weight_slots(f"model.layers.{index}")  # type: ignore[operator]
         yield from self.norm.weight_slots("model.norm")
         if not self.config.tie_word_embeddings:
             yield from self.lm_head.weight_slots("lm_head")

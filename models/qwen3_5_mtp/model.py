@@ -69,5 +69,5 @@ class Qwen35MTP(nn.Module):
         yield from self.pre_fc_norm_hidden.weight_slots("mtp.pre_fc_norm_hidden")
         yield from self.fc.weight_slots("mtp.fc")
         for index, layer in enumerate(self.layers):
-            yield from layer.weight_slots(f"mtp.layers.{index}")
+            yield from layer.weight_slots(f"mtp.layers.{index}")  # type: ignore[operator]
         yield from self.norm.weight_slots("mtp.norm")

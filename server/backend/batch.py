@@ -20,17 +20,16 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
     view = table.view([request.row for request in batch.requests if request.row is not None], batch.is_verify)
     if batch.is_verify:
         token_ids = table.next_ids[view.row_ids]
-        positions = view.start_lens[:, None] + torch.arange(token_ids.shape[1], device=table.device)
-        return ForwardBatch(token_ids.flatten(), positions.flatten(), tuple(batch.token_counts), view)
-    ids, positions_list = [], []
+        where = view.start_lens[:, None] + torch.arange(token_ids.shape[1], device=table.device)
+        return ForwardBatch(token_ids.flatten(), where.flatten(), tuple(batch.token_counts), view)
+    ids: list[int] = []
+    positions: list[int] = []
     for request, count in zip(batch.requests, batch.token_counts, strict=True):
         end = request.num_computed + count
         ids += request.known_ids(request.num_computed, end)
-        positions_list += range(request.num_computed, end)
-    token_ids = torch.tensor(ids, device=table.device)
-    return ForwardBatch(
-        token_ids, torch.tensor(positions_list, device=table.device), tuple(batch.token_counts), view
-    )
+        positions += range(request.num_computed, end)
+    token_ids, where = (torch.tensor(values, device=table.device) for values in (ids, positions))
+    return ForwardBatch(token_ids, where, tuple(batch.token_counts), view)
 
 
 def last_indices(forward: ForwardBatch) -> Tensor:

@@ -28,38 +28,37 @@ class Drafter:
 
         First every chained layer runs over all N rows, row p pairing the token after position p with the hidden state
         at p (this extends its cache and overwrites what earlier guesses left there), then single tokens follow. Inside
-        a prompt the next tokens are the prompt's own, and the proposals mean nothing.
+        a prompt the next tokens are the prompt's own, and what is returned means nothing.
         """
         next_ids, last, known = self._pair(sampled, forward, batch)
-        positions = forward.positions[last]
-        target, drafts = self.draft.target, []
-        state = hidden
+        positions, state = forward.positions[last], hidden
+        newest_state = hidden[last]
+        drafts: list[Tensor] = []
         for step in range(self.num_drafts):
             if step < self.num_layers:
                 state = self.draft(next_ids, state, forward, step)
                 newest_state = state[last]
             else:
-                if not any(batch.ends_prompt(index) for index in range(len(batch.requests))):
-                    drafts += drafts[-1:] * (self.num_drafts - step)
-                    break
-                positions_ahead = positions + 1 + step - self.num_layers
-                one_each = forward.next_tokens(drafts[-1], positions_ahead)
-                newest_state = self.draft(drafts[-1], newest_state, one_each, self.num_layers - 1)
-            logits = target.compute_logits(newest_state)[:, None]
-            draft_ids = self.sampler.draw(logits, batch, positions[:, None] + 2 + step)[:, 0]
-            drafts.append(draft_ids)
+                ahead = forward.next_tokens(drafts[-1], positions + 1 + step - self.num_layers)
+                newest_state = self.draft(drafts[-1], newest_state, ahead, self.num_layers - 1)
+            logits = self.draft.target.compute_logits(newest_state)[:, None]
+            drafts.append(self.sampler.draw(logits, batch, positions[:, None] + 2 + step)[:, 0])
+            if step + 1 == self.num_layers and not batch.ends_any_prompt:
+                return drafts[-1][:, None].expand(-1, self.num_drafts)
             if step + 1 < self.num_layers:
-                newest = draft_ids if known is None else torch.where(known[:, step + 1] >= 0, known[:, step + 1], draft_ids)
+                is_known = known[:, step + 1] >= 0
+                newest = torch.where(is_known, known[:, step + 1], drafts[-1])
                 next_ids = roll_next_ids(next_ids, last, newest)
         return torch.stack(drafts, dim=1)
 
-    def _pair(self, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The token after each of the N rows, the flat index of each request's last real row, and for a prefill the
-        tokens [B, num_layers] that are known to follow (-1: none)."""
+    def _pair(self, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The token after each of the N rows, the flat index [B] of each request's last real row, and the tokens
+        [B, num_layers] that the prompt knows to follow it (-1: none)."""
         if batch.is_verify:
             num_rows = sampled.token_ids.shape[1]
             first = torch.arange(len(batch.requests), device=forward.token_ids.device) * num_rows
-            return sampled.token_ids.flatten(), first + sampled.accept_lens - 1, None
+            nothing = sampled.token_ids.new_full((len(first), self.num_layers), -1)
+            return sampled.token_ids.flatten(), first + sampled.accept_lens - 1, nothing
         known = torch.tensor(following_ids(batch, self.num_layers), device=forward.token_ids.device)
         last = last_indices(forward)
         newest = torch.where(known[:, 0] >= 0, known[:, 0], sampled.token_ids[:, 0])

@@ -54,7 +54,9 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> MemoryPlan:
     return MemoryPlan(limits, longest, needed)
 
 
-def describe_memory(plan: MemoryPlan, cache: Cache, target: Qwen35, draft: Qwen35MTP | None, num_mtp_layers: int) -> str:
+def describe_memory(
+    plan: MemoryPlan, cache: Cache, target: Qwen35, draft: Qwen35MTP | None, num_mtp_layers: int
+) -> str:
     """The plan as a table in MiB, and what one request costs."""
     kv, gdn = cache.kv, cache.gdn
     kv_bytes_per_layer = kv.data[0].nbytes

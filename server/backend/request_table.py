@@ -62,7 +62,7 @@ class RequestTable:
     def commit(self, forward: ForwardBatch, last_ids: Tensor, drafts: Tensor, accept_lens: Tensor) -> None:
         """Advance the rows of a pass: after a verify step by accept_lens, after prefill by the tokens it ran.
 
-        last_ids [B]: each request's newest token; drafts [B, K]; accept_lens [B], 0 or 1 after prefill (tokens emitted).
+        last_ids [B]: each request's newest token; drafts [B, K]; accept_lens [B]: tokens emitted, 0 or 1 after prefill.
         """
         view = forward.view
         assert view is not None
@@ -114,6 +114,4 @@ class RequestTable:
 
 def has_penalty(sampling: SamplingParams) -> bool:
     """The request's law depends on how often its tokens have occurred."""
-    return (
-        sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
-    )
+    return sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0

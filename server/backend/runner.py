@@ -59,9 +59,7 @@ def build_runner(config: EngineConfig) -> Runner:
     num_mtp_layers = 0 if draft is None else _count_chained_layers(config, draft)
     cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device)
     num_rows = config.max_running_requests + 1
-    table = RequestTable(
-        cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device
-    )
+    table = RequestTable(cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device)
     sampler = Sampler(table, eos_ids)
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
     logger.info("%s", describe_memory(plan, cache, target, draft, num_mtp_layers))

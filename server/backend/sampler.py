@@ -59,8 +59,15 @@ class Sampler:
         rows = torch.tensor([request.row for request in requests], device=logits.device)
         rows = rows.repeat_interleave(logits.shape[1])
         table = self.table
-        columns = (column[rows] for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed))
-        return draw(logits.flatten(0, 1), *columns, positions.flatten()).view(positions.shape)
+        return draw(
+            logits.flatten(0, 1),
+            temperature=table.temperature[rows],
+            top_k=table.top_k[rows],
+            top_p=table.top_p[rows],
+            min_p=table.min_p[rows],
+            seeds=table.seed[rows],
+            positions=positions.flatten(),
+        ).view(positions.shape)
 
     def read_logprobs(self, sampled: Sampled, batch: Batch) -> list[list[TokenLogprobs]]:
         """Raw log-probabilities of the emitted tokens, for the requests that asked; [] for the others."""
@@ -112,9 +119,10 @@ class Sampler:
         table, num_rows = self.table, logits.shape[1]
         assert table.output_counts is not None and table.in_prompt is not None
         counts = table.output_counts[rows][:, None].repeat(1, num_rows, 1)
-        for row in range(1, 0 if window is None else num_rows):
-            drafted = window[:, row, None, None].expand(-1, num_rows - row, 1)
-            counts[:, row:].scatter_add_(2, drafted, torch.ones_like(drafted, dtype=counts.dtype))
+        if window is not None:
+            for row in range(1, num_rows):
+                drafted = window[:, row, None, None].expand(-1, num_rows - row, 1)
+                counts[:, row:].scatter_add_(2, drafted, torch.ones_like(drafted, dtype=counts.dtype))
         columns = (table.repetition, table.frequency, table.presence)
         penalties = (column[rows].repeat_interleave(num_rows).to(logits.dtype) for column in columns)
         in_prompt = table.in_prompt[rows].repeat_interleave(num_rows, dim=0)

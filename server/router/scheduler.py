@@ -20,6 +20,11 @@ class Batch:
     token_counts: list[int]
     is_verify: bool
 
+    @property
+    def ends_any_prompt(self) -> bool:
+        """Some request of this pass gets a token."""
+        return any(self.ends_prompt(index) for index in range(len(self.requests)))
+
     def ends_prompt(self, index: int) -> bool:
         """This pass gives the request's next token: a verify step, or the last chunk of a prefill."""
         request = self.requests[index]

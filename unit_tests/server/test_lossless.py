@@ -1,5 +1,6 @@
 """Speculation changes nothing: the same tokens for every mtp_step, chunk size, batch, preemption and abort."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def plain(checkpoint: Path) -> Callable[[SamplingParams], list[list[int]]]:
 def assert_every_accept_length_occurs(engine: Engine) -> None:
     counters = engine.scheduler.counters
     at_least = [counters.num_verify_steps, *counters.accepted_per_position, 0]
-    exactly = [more - fewer for more, fewer in zip(at_least, at_least[1:], strict=False)]
+    exactly = [more - fewer for more, fewer in itertools.pairwise(at_least)]
     assert min(exactly) > 0, f"steps that accepted 0, 1, ... drafts: {exactly}"
 
 
@@ -46,9 +47,7 @@ def assert_every_accept_length_occurs(engine: Engine) -> None:
 def test_greedy_and_seeded_tokens_do_not_depend_on_drafts_or_chunks(
     checkpoint: Path, plain: Callable[[SamplingParams], list[list[int]]], mtp_step: int, chunk_size: int
 ) -> None:
-    engine = make_engine(
-        checkpoint, mtp_step=mtp_step, chunked_prefill_size=chunk_size, max_running_requests=32
-    )
+    engine = make_engine(checkpoint, mtp_step=mtp_step, chunked_prefill_size=chunk_size, max_running_requests=32)
     assert generate(engine, PROMPTS, GREEDY) == plain(GREEDY)
     assert_every_accept_length_occurs(engine)
     assert generate(engine, PROMPTS[:NUM_SEEDED], SEEDED) == plain(SEEDED)
@@ -116,9 +115,7 @@ def test_moe_tokens_do_not_depend_on_drafts(moe_checkpoint: Path, mtp_step: int)
 def test_several_mtp_layers_change_nothing_in_any_mode(
     tmp_path_factory: pytest.TempPathFactory, mode: str, mtp_step: int
 ) -> None:
-    checkpoint = make_checkpoint(
-        tmp_path_factory.mktemp("layers"), num_layers=4, mtp_layers=3, close_draft=True
-    )
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("layers"), num_layers=4, mtp_layers=3, close_draft=True)
     expected = generate(make_engine(checkpoint), FEW_PROMPTS, GREEDY)
     engine = make_engine(checkpoint, mtp_step=mtp_step, mtp_mode=mode, chunked_prefill_size=33)
     assert generate(engine, FEW_PROMPTS, GREEDY) == expected

@@ -33,7 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("law"), vocab_size=VOCAB_SIZE, num_layers=4, close_draft=True)
 
 
-def sample(checkpoint: Path, mtp_step: int, count: int, settings: dict[str, Any]) -> tuple[list[tuple[int, ...]], Engine]:
+def sample(
+    checkpoint: Path, mtp_step: int, count: int, settings: dict[str, Any]
+) -> tuple[list[tuple[int, ...]], Engine]:
     """`count` unseeded outputs of one prompt."""
     engine = make_engine(checkpoint, dtype="float32", mtp_step=mtp_step, max_running_requests=250, max_model_len=32)
     params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, **settings)

@@ -1,0 +1,96 @@
+"""Paged and whole-sequence attention against one softmax per token and head."""
+
+import pytest
+import torch
+
+from kernels.attention import causal_attention, paged_attention, store_kv
+
+HQ, HKV, D, PAGE_SIZE, NUM_PAGES = 6, 2, 5, 4, 40
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def naive(q, k, v):
+    """One request [T, heads, D] from its first token."""
+    out = torch.full_like(q, torch.nan)
+    for t in range(len(q)):
+        for head in range(HQ):
+            kv_head = head // (HQ // HKV)
+            scores = torch.stack([q[t, head] @ k[j, kv_head] for j in range(t + 1)]) / D**0.5
+            weights = scores.exp() / scores.exp().sum()
+            out[t, head] = sum(weights[j] * v[j, kv_head] for j in range(t + 1))
+    return out
+
+
+def make_cache(lengths):
+    """Requests already in a cache with shuffled pages; stale values elsewhere, page 0 not a number."""
+    kv = torch.full((2, NUM_PAGES, PAGE_SIZE, HKV, D), 1e4, dtype=torch.float64)
+    kv[:, 0] = torch.nan
+    order = 1 + torch.randperm(NUM_PAGES - 1, generator=torch.Generator().manual_seed(1))
+    table = order[: len(lengths) * 6].view(len(lengths), 6)
+    return kv, table
+
+
+def slots_of(table, request, positions):
+    return torch.tensor([int(table[request, p // PAGE_SIZE]) * PAGE_SIZE + p % PAGE_SIZE for p in positions])
+
+
+def causal_mask(positions, length):
+    """[B, 1, T, length]: positions [B, T] see what is not after them."""
+    return torch.arange(length) <= positions[:, None, :, None]
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_whole_sequences_equal_the_formula(length):
+    q, k, v = draw(2, length, HQ, D), draw(2, length, HKV, D, seed=1), draw(2, length, HKV, D, seed=2)
+    expected = torch.stack([naive(q[i], k[i], v[i]) for i in range(2)])
+    torch.testing.assert_close(causal_attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 3, 7])
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_paged_attention_equals_the_formula(num_queries, spare):
+    """The last tokens of three requests of different lengths; the mask may reach `spare` slots past the longest."""
+    lengths = (7, 21, 13)
+    q = [draw(length, HQ, D, seed=length) for length in lengths]
+    k = [draw(length, HKV, D, seed=length + 1) for length in lengths]
+    v = [draw(length, HKV, D, seed=length + 2) for length in lengths]
+    kv, table = make_cache(lengths)
+    for request, length in enumerate(lengths):
+        store_kv(k[request], v[request], kv, slots_of(table, request, range(length)))
+    positions = torch.stack([torch.arange(end - num_queries, end) for end in lengths])
+    queries = torch.cat([part[-num_queries:] for part in q])
+    expected = torch.cat([naive(q[i], k[i], v[i])[-num_queries:] for i in range(3)])
+    mask = causal_mask(positions, max(lengths) + spare)
+    torch.testing.assert_close(paged_attention(queries, kv, table, mask), expected)
+
+
+def test_later_positions_are_not_seen():
+    """Slots of rejected tokens lie after the query's position and change nothing."""
+    kv, table = make_cache([12])
+    k, v, q = draw(12, HKV, D, seed=1), draw(12, HKV, D, seed=2), draw(1, HQ, D)
+    store_kv(k, v, kv, slots_of(table, 0, range(12)))
+    mask = causal_mask(torch.tensor([[6]]), 12)
+    before = paged_attention(q, kv, table, mask)
+    store_kv(1e3 * k[7:], 1e3 * v[7:], kv, slots_of(table, 0, range(7, 12)))
+    assert torch.equal(paged_attention(q, kv, table, mask), before)
+
+
+def test_storing_writes_the_given_slots_only():
+    kv, table = make_cache([5])
+    before = kv.clone()
+    slots = slots_of(table, 0, [3, 4])
+    k, v = draw(2, HKV, D), draw(2, HKV, D, seed=1)
+    store_kv(k, v, kv, slots)
+    assert torch.equal(kv[0].flatten(0, 1)[slots], k)
+    assert torch.equal(kv[1].flatten(0, 1)[slots], v)
+    kv[:, slots // PAGE_SIZE, slots % PAGE_SIZE] = before[:, slots // PAGE_SIZE, slots % PAGE_SIZE]
+    assert torch.equal(kv.nan_to_num(-7), before.nan_to_num(-7))
+
+
+def test_gradients_flow_through_whole_sequences():
+    q, k, v = (draw(1, 6, heads, D).requires_grad_() for heads in (HQ, HKV, HKV))
+    causal_attention(q, k, v).square().sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in (q, k, v))

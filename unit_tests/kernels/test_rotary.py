@@ -1,0 +1,47 @@
+"""The rotary embedding against a rotation of each pair."""
+
+import math
+
+import torch
+
+from kernels.rotary import apply_rotary, rotary_angles
+
+HEADS, D, ROTARY_DIM, THETA = 3, 20, 8, 1e7
+
+
+def test_each_pair_turns_by_its_own_angle_and_the_rest_stays():
+    positions = torch.tensor([0, 1, 7, 100, 5000])
+    x = torch.randn(5, HEADS, D, dtype=torch.float64)
+    out = apply_rotary(x, *rotary_angles(positions, ROTARY_DIM, THETA, torch.float64))
+    half = ROTARY_DIM // 2
+    for i, position in enumerate(positions.tolist()):
+        for j in range(half):
+            angle = position * THETA ** (-2 * j / ROTARY_DIM)
+            first, second = x[i, :, j], x[i, :, j + half]
+            torch.testing.assert_close(out[i, :, j], first * math.cos(angle) - second * math.sin(angle))
+            torch.testing.assert_close(out[i, :, j + half], second * math.cos(angle) + first * math.sin(angle))
+    assert torch.equal(out[..., ROTARY_DIM:], x[..., ROTARY_DIM:])
+
+
+def test_scores_depend_on_the_distance_only():
+    q, k = torch.randn(1, 1, D, dtype=torch.float64), torch.randn(1, 1, D, dtype=torch.float64)
+
+    def score(q_position, k_position):
+        angles = rotary_angles(torch.tensor([q_position, k_position]), ROTARY_DIM, THETA, torch.float64)
+        q_turned, k_turned = apply_rotary(torch.cat([q, k]), *angles)
+        return (q_turned * k_turned).sum()
+
+    torch.testing.assert_close(score(9, 4), score(1009, 1004))
+
+
+def test_angles_of_far_positions_are_exact_in_float32():
+    positions = torch.tensor([200_000])
+    cos, sin = rotary_angles(positions, ROTARY_DIM, THETA, torch.float32)
+    wide_cos, wide_sin = rotary_angles(positions, ROTARY_DIM, THETA, torch.float64)
+    torch.testing.assert_close(cos.double(), wide_cos, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sin.double(), wide_sin, rtol=0, atol=1e-3)
+
+
+def test_the_input_type_is_kept():
+    x = torch.randn(2, HEADS, D).bfloat16()
+    assert apply_rotary(x, *rotary_angles(torch.arange(2), ROTARY_DIM, THETA, torch.float32)).dtype == torch.bfloat16

@@ -1,0 +1,219 @@
+"""Draws follow softmax and every filter's law, depend on seed and position alone, and penalties count what they say."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from kernels.sampling import apply_penalties, compute_logprobs, draw, gumbel_noise
+
+NUM_DRAWS = 40_000
+LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -2.0, -6.0], dtype=torch.float64)
+
+
+def sample(logits, positions, *, seeds=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One draw per position, all rows with the same logits and settings."""
+    count = len(positions)
+    return draw(
+        logits.expand(count, -1),
+        temperature=torch.full((count,), temperature),
+        top_k=torch.full((count,), top_k),
+        top_p=torch.full((count,), top_p),
+        min_p=torch.full((count,), min_p),
+        seeds=torch.full((count,), seeds) if isinstance(seeds, int) else seeds,
+        positions=positions,
+    )
+
+
+def law(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The probabilities that `sample` should follow, by sorting and adding up; ties with the last kept token stay."""
+    weights = {token: math.exp(value / temperature) for token, value in enumerate(logits.tolist())}
+    order = sorted(weights, key=lambda token: -weights[token])
+    kept = order[:top_k] if top_k else order
+    kept = [token for token in kept if weights[token] >= min_p * weights[order[0]]]
+    total, before, nucleus = sum(weights[token] for token in kept), 0.0, []
+    for token in kept:
+        if before < top_p:
+            nucleus.append(token)
+        before += weights[token] / total
+    least = min(weights[token] for token in nucleus)
+    final = {token: weight for token, weight in weights.items() if weight >= least}
+    return {token: weight / sum(final.values()) for token, weight in final.items()}
+
+
+def p_value(drawn, expected):
+    """Chi-square of the drawn tokens against the law; tokens outside it are an error."""
+    counts = torch.bincount(drawn, minlength=len(LOGITS)).tolist()
+    assert all(count == 0 for token, count in enumerate(counts) if token not in expected)
+    observed = [counts[token] for token in expected]
+    return stats.chisquare(observed, [len(drawn) * p for p in expected.values()]).pvalue if len(observed) > 1 else 1.0
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 1},
+    {"top_k": 2},
+    {"top_k": 4},
+    {"top_k": 100},
+    {"top_p": 0.01},
+    {"top_p": 0.6},
+    {"top_p": 0.95},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 5, "top_p": 0.9},
+    {"top_k": 6, "top_p": 0.8, "min_p": 0.1, "temperature": 1.7},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_law_of_their_settings(settings):
+    drawn = sample(LOGITS, torch.arange(NUM_DRAWS), seeds=11, **settings)
+    assert p_value(drawn, law(LOGITS, **settings)) > 0.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_over_seeds_follow_the_law_too(dtype):
+    seeds = torch.arange(NUM_DRAWS) * 2**33 - 2**40
+    drawn = sample(LOGITS.to(dtype), torch.full((NUM_DRAWS,), 5), seeds=seeds)
+    assert p_value(drawn, law(LOGITS)) > 0.001
+
+
+@pytest.mark.parametrize(
+    ("seed_step", "position_step"), [(0, 1), (1, 0), (2**32, 0), (1, 1), (1, -1)], ids=lambda step: str(step)
+)
+def test_neighbouring_draws_are_independent(seed_step, position_step):
+    """Of the next position, the next seed, and seeds that differ in their high word only."""
+    seeds, positions = torch.arange(NUM_DRAWS) % 200, 100 + torch.arange(NUM_DRAWS) // 200
+    first = sample(LOGITS, positions, seeds=seeds)
+    second = sample(LOGITS, positions + position_step, seeds=seeds + seed_step)
+    size = 6
+    is_common = (first < size) & (second < size)
+    table = torch.bincount(first[is_common] * size + second[is_common], minlength=size * size).view(size, size)
+    assert stats.chi2_contingency(table.numpy()).pvalue > 0.001
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch():
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 64, generator=source)
+    settings = {
+        "temperature": torch.rand(40, generator=source) * (torch.arange(40) % 3 > 0),
+        "top_k": torch.randint(0, 20, (40,), generator=source),
+        "top_p": 0.3 + 0.7 * torch.rand(40, generator=source),
+        "min_p": 0.1 * torch.rand(40, generator=source),
+        "seeds": torch.randint(-(2**62), 2**62, (40,), generator=source),
+        "positions": torch.randint(0, 5000, (40,), generator=source),
+    }
+    together = draw(logits, **settings)
+    order = torch.randperm(40, generator=source)
+    assert torch.equal(draw(logits[order], **{name: x[order] for name, x in settings.items()}), together[order])
+    for row in range(40):
+        one = slice(row, row + 1)
+        assert torch.equal(draw(logits[one], **{name: x[one] for name, x in settings.items()}), together[one])
+
+
+def test_temperature_zero_takes_the_best_token():
+    logits = torch.randn(5, 30)
+    zeros = torch.zeros(5)
+    drawn = draw(logits, zeros, zeros.long(), torch.ones(5), zeros, seeds=torch.arange(5), positions=torch.arange(5))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_a_tiny_temperature_takes_the_best_token():
+    drawn = sample(LOGITS, torch.arange(1000), temperature=1e-5)
+    assert (drawn == 0).all()
+
+
+def test_forbidden_tokens_are_never_drawn():
+    logits = LOGITS.clone()
+    logits[0] = -torch.inf
+    for settings in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.01}):
+        drawn = sample(logits, torch.arange(3000), **settings)
+        assert (drawn != 0).all()
+        assert drawn.unique().numel() > 1
+
+
+def test_tokens_that_tie_with_the_last_kept_one_are_kept():
+    drawn = sample(LOGITS, torch.arange(5000), top_k=2)
+    assert set(drawn.tolist()) == {0, 1, 2}
+
+
+PHILOX_M, PHILOX_W, LOW = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python integers: the four output words."""
+    words, key = list(counter), list(key)
+    for _ in range(10):
+        first, second = PHILOX_M[0] * words[0], PHILOX_M[1] * words[2]
+        words = [(second >> 32) ^ words[1] ^ key[0], second & LOW, (first >> 32) ^ words[3] ^ key[1], first & LOW]
+        key = [(k + w) & LOW for k, w in zip(key, PHILOX_W, strict=True)]
+    return words
+
+
+def mix(x):
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW
+    return x ^ (x >> 16)
+
+
+def test_philox_here_gives_its_published_vectors():
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    counter, key = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    assert philox(counter, key) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("position", [0, 7, 2**33 + 1])
+def test_noise_is_philox_of_seed_and_position_mixed_with_the_token(seed, position):
+    noise = gumbel_noise(torch.tensor([seed]), torch.tensor([position]), 300, torch.float64)[0]
+    first, second, *_ = philox([position & LOW, position >> 32, 0, 0], [seed & LOW, (seed >> 32) & LOW])
+    for token in (0, 1, 2, 255, 299):
+        u = (mix((mix(token ^ first) + second) & LOW) + 0.5) / 2**32
+        assert noise[token].item() == pytest.approx(-math.log(-math.log1p(-u)), abs=1e-12)
+
+
+def test_noise_has_the_gumbel_distribution():
+    noise = gumbel_noise(torch.arange(50), torch.arange(50), 1000, torch.float64).flatten()
+    assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 0.001
+
+
+def test_float32_noise_is_float64_noise_rounded():
+    arguments = (torch.arange(20), torch.arange(20), 500)
+    narrow, wide = gumbel_noise(*arguments, torch.float32), gumbel_noise(*arguments, torch.float64)
+    is_usual = wide.abs() < 5
+    torch.testing.assert_close(narrow[is_usual].double(), wide[is_usual], rtol=1e-4, atol=1e-4)
+
+
+def test_penalties_follow_their_formulas():
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 9, generator=source, dtype=torch.float64)
+    counts = torch.randint(0, 3, (4, 9), generator=source)
+    in_prompt = torch.rand(4, 9, generator=source) < 0.3
+    repetition, frequency, presence = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in ([1.0, 1.3, 0.7, 2.0], [0.0, 0.5, -0.5, 1.0], [0.0, -1.0, 0.4, 2.0])
+    )
+    out = apply_penalties(logits, counts, in_prompt, repetition, frequency, presence)
+    for row in range(4):
+        for token in range(9):
+            value, count = logits[row, token].item(), counts[row, token].item()
+            if count or in_prompt[row, token]:
+                value = value / repetition[row].item() if value > 0 else value * repetition[row].item()
+            value -= frequency[row].item() * count + (presence[row].item() if count else 0)
+            assert out[row, token].item() == pytest.approx(value, abs=1e-12)
+    assert torch.equal(out[0], logits[0])
+
+
+def test_logprobs_are_those_of_the_whole_softmax():
+    logits = torch.randn(3, 12, dtype=torch.float64)
+    token_ids = torch.tensor([4, 0, 11])
+    chosen, top_ids, top_values = compute_logprobs(logits, token_ids, 3)
+    for row in range(3):
+        logprobs = [value - math.log(sum(math.exp(x) for x in logits[row])) for value in logits[row].tolist()]
+        assert chosen[row].item() == pytest.approx(logprobs[token_ids[row]])
+        best = sorted(range(12), key=lambda token: -logprobs[token])[:3]
+        assert top_ids[row].tolist() == best
+        assert top_values[row].tolist() == pytest.approx([logprobs[token] for token in best])

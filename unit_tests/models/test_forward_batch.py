@@ -1,0 +1,118 @@
+"""What a pass knows about itself: positions, slots, masks, and what must be folded first."""
+
+import pytest
+import torch
+
+from models.cache import Cache, GDNCache, KVCache
+from models.config import parse_config
+from models.forward_batch import CacheView, ForwardBatch
+from unit_tests.checkpoints import make_config
+
+PAGE_SIZE = 4
+
+
+@pytest.fixture
+def cache():
+    config = parse_config(make_config(num_layers=4))
+    gdn = GDNCache.allocate(config, mtp_step=3, num_rows=8, dtype=torch.float32, device="cpu")
+    return Cache(KVCache.allocate(config, 0, 20, PAGE_SIZE, torch.float32, "cpu"), gdn)
+
+
+def make_batch(cache, rows, starts, query_lens, accepted=None):
+    accepted = accepted or [0] * len(rows)
+    table = torch.arange(1, 1 + 3 * len(rows)).view(len(rows), 3)
+    view = CacheView(
+        cache=cache,
+        rows=tuple(rows),
+        start_lens=torch.tensor(starts),
+        accept_lens=torch.tensor(accepted),
+        page_table=table,
+        is_verify=True,
+        num_fold=max(accepted),
+        folds_all=len(set(accepted)) == 1,
+    )
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)])
+    return ForwardBatch(torch.zeros_like(positions), positions, tuple(query_lens), view)
+
+
+def test_whole_sequences_start_at_position_zero():
+    batch = ForwardBatch.whole_sequences(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.query_lens == (3, 3)
+    assert batch.view is None
+
+
+def test_a_batch_of_equal_lengths_is_one_part(cache):
+    batch = make_batch(cache, [1, 2], [3, 5], [2, 2])
+    [(span, part)] = batch.parts
+    assert part is batch
+    assert torch.equal(batch.positions[span], batch.positions)
+
+
+def test_a_batch_of_unequal_lengths_is_one_part_per_request(cache):
+    batch = make_batch(cache, [4, 2, 7], [3, 0, 5], [2, 4, 1], accepted=[1, 0, 3])
+    assert [part.query_lens for _, part in batch.parts] == [(2,), (4,), (1,)]
+    assert [part.view.rows for _, part in batch.parts] == [(4,), (2,), (7,)]
+    assert [part.view.accept_lens.tolist() for _, part in batch.parts] == [[1], [0], [3]]
+    assert torch.cat([batch.positions[span] for span, _ in batch.parts]).tolist() == batch.positions.tolist()
+    assert torch.cat([part.positions for _, part in batch.parts]).tolist() == batch.positions.tolist()
+
+
+@pytest.mark.parametrize("query_lens", [[2, 2], [1, 3]])
+def test_kv_slots_are_page_times_size_plus_offset(query_lens, cache):
+    batch = make_batch(cache, [1, 2], [3, 7], query_lens)
+    owners = [0] * query_lens[0] + [1] * query_lens[1]
+    expected = [
+        int(batch.view.page_table[owner, position // PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE
+        for owner, position in zip(owners, batch.positions.tolist(), strict=True)
+    ]
+    assert batch.kv_slots.tolist() == expected
+
+
+def test_the_mask_shows_each_token_itself_and_what_came_before(cache):
+    batch = make_batch(cache, [1, 2], [1, 3], [2, 2])
+    assert batch.attention_mask.shape == (2, 1, 2, 5)
+    assert batch.attention_mask[:, 0].sum(-1).tolist() == [[2, 3], [4, 5]]
+    assert batch.attention_mask[0, 0, 0].tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [([3, 4, 5], slice(3, 6)), ([6], slice(6, 7))])
+def test_consecutive_rows_are_folded_in_place(rows, expected, cache):
+    batch = make_batch(cache, rows, [9] * len(rows), [1] * len(rows), accepted=[2] * len(rows))
+    assert batch.view.fold.rows == expected
+
+
+def test_scattered_rows_are_folded_by_index(cache):
+    fold = make_batch(cache, [5, 3], [9, 9], [1, 1]).view.fold
+    assert fold.rows.tolist() == [5, 3]
+
+
+def test_the_fold_names_the_newest_accepted_slots_oldest_first(cache):
+    """Ring of eight; row 2 accepted 3 of its last step and stands at 9, row 5 accepted 1 and stands at 20."""
+    fold = make_batch(cache, [2, 5], [9, 20], [4, 4], accepted=[3, 1]).view.fold
+    slots = fold.slots.view(2, 3).tolist()
+    assert slots[0] == [2 * 8 + 6, 2 * 8 + 7, 2 * 8 + 0]
+    assert slots[1][0] == 5 * 8 + 3
+    assert fold.is_accepted.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_nothing_is_folded_after_prefill(cache):
+    assert len(make_batch(cache, [2, 5], [9, 20], [4, 4]).view.fold.slots) == 0
+
+
+def test_the_convolution_reads_three_inputs_back_and_keeps_what_the_ring_holds(cache):
+    ring_len = cache.gdn.conv_ring.shape[2]
+    read, written = make_batch(cache, [2], [9], [4]).conv_slots
+    assert read.tolist() == [2 * ring_len + p % ring_len for p in (6, 7, 8)]
+    assert written.tolist() == [2 * ring_len + p % ring_len for p in (9, 10, 11, 12)]
+    _, written = make_batch(cache, [2], [1], [11]).conv_slots
+    assert written.tolist() == [2 * ring_len + p % ring_len for p in range(12 - ring_len, 12)]
+
+
+def test_next_tokens_are_one_per_request_over_the_same_cache(cache):
+    batch = make_batch(cache, [4, 2], [3, 0], [2, 4])
+    following = batch.next_tokens(torch.tensor([7, 8]), torch.tensor([5, 4]))
+    assert following.query_lens == (1, 1)
+    assert following.view is batch.view
+    assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0]

@@ -1,0 +1,59 @@
+"""One checkpoint tensor in its place: loading writes that place only, exporting reads it back."""
+
+import torch
+from torch import nn
+
+from models.safetensors_file import read_tensor_index
+from models.weight_slot import WeightSlot
+from models.weights import save_weights
+
+
+def make_parameter(*shape):
+    return nn.Parameter(torch.full(shape, -1.0))
+
+
+def test_loading_writes_the_indexed_part_only():
+    param, values = make_parameter(5, 3), torch.randn(2, 3)
+    WeightSlot("w", param, slice(1, 3)).load(values)
+    assert torch.equal(param[1:3], values)
+    assert (param[[0, 3, 4]] == -1).all()
+
+
+def test_the_shift_is_added_in_the_parameters_precision_and_taken_off_again():
+    param = make_parameter(4)
+    slot = WeightSlot("norm", param, shift=1.0)
+    small = torch.tensor([1e-3, -1e-3, 0.5, 2.0]).bfloat16()
+    slot.load(small)
+    assert torch.equal(param.data, small.float() + 1)
+    torch.testing.assert_close(slot.export(), small.float())
+
+
+def test_the_checkpoint_shape_may_differ_from_the_parameters():
+    param, values = make_parameter(6, 4), torch.randn(6, 1, 4)
+    slot = WeightSlot("conv", param, shape=(6, 1, 4))
+    assert slot.checkpoint_shape == (6, 1, 4)
+    slot.load(values)
+    assert torch.equal(param.data, values[:, 0])
+    assert torch.equal(slot.export(), values)
+
+
+def test_a_tensor_that_is_not_contiguous_loads():
+    param, values = make_parameter(3, 5), torch.randn(5, 3)
+    WeightSlot("w", param).load(values.T)
+    assert torch.equal(param.data, values.T)
+
+
+def test_a_tensor_in_a_file_loads_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.safetensors_file.BLOCK_BYTES", 50)
+    values = torch.randn(9, 1, 4)
+    save_weights(tmp_path / "x.safetensors", {"conv": values})
+    param = make_parameter(9, 4)
+    WeightSlot("conv", param, shift=1.0, shape=(9, 1, 4)).load(read_tensor_index(tmp_path / "x.safetensors")["conv"])
+    assert torch.equal(param.data, values[:, 0] + 1)
+
+
+def test_an_export_is_a_copy():
+    param = make_parameter(3)
+    exported = WeightSlot("w", param).export()
+    exported.fill_(9)
+    assert (param == -1).all()
