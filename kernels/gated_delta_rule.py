@@ -39,11 +39,12 @@ class DeltaRing(NamedTuple):
 class Fold(NamedTuple):
     """What a pass must fold first, the same for every layer: of each request the newest F recorded tokens at most.
 
-    rows: where the B requests' states lie, a slice when they are consecutive (then nothing is copied), else [B] int64;
-    slots [B · F] int64: flat ring slots, oldest first; is_accepted [B, F] bool, None when all are. F may be 0.
+    groups: pairs (rows of the state, their requests) of slices that together cover the B requests; the states of one
+    group are worked on together, and always in place. slots [B · F] int64: flat ring slots, oldest first; is_accepted
+    [B, F] bool, None when all are. F may be 0.
     """
 
-    rows: slice | Tensor
+    groups: tuple[tuple[slice, slice], ...]
     slots: Tensor
     is_accepted: Tensor | None
 
@@ -65,10 +66,13 @@ def gated_delta_rule_prefill(
     Shapes as in `gated_delta_rule`; state [R, HV, DK, DV] is updated in place. The caller sets the rows' accept_len to
     0, because nothing is left to fold.
     """
-    current = _fold(state, ring, fold)
-    out, final = _run_chunks(q, k, v, log_alpha, beta, current)
-    state[fold.rows] = final
-    return out
+    recorded = _read_ring(ring, fold, v.shape[2])
+    outs = []
+    for rows, members in fold.groups:
+        current = _fold(state[rows], recorded, members)
+        out, current[:] = _run_chunks(q[members], k[members], v[members], log_alpha[members], beta[members], current)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def gated_delta_rule_verify(
@@ -87,34 +91,48 @@ def gated_delta_rule_verify(
     Shapes as in `gated_delta_rule_prefill`; write_slots [B · T] int64 are the tokens' flat ring slots. On entry the
     state stands at start_len - accept_len, on exit at start_len.
     """
-    current = _fold(state, ring, fold)
-    if isinstance(fold.rows, Tensor):
-        state[fold.rows] = current
-    out, u = _run_rows(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), log_alpha.mT, beta.mT, current)
+    recorded = _read_ring(ring, fold, v.shape[2])
+    qk = _stack_heads(q.transpose(1, 2), k.transpose(1, 2), v.shape[2])
+    reads = [qk[members] @ _fold(state[rows], recorded, members) for rows, members in fold.groups]
+    seen = reads[0] if len(reads) == 1 else torch.cat(reads)
+    out, u = _run_rows(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), log_alpha.mT, beta.mT, seen)
     for part, value in zip(ring, (k, u.transpose(1, 2), log_alpha.exp()), strict=True):
         part.flatten(0, 1).index_copy_(0, write_slots, value.flatten(0, 1))
     return out.transpose(1, 2)
 
 
-def _fold(state: Tensor, ring: DeltaRing, fold: Fold) -> Tensor:
-    """The states [B, HV, DK, DV] with the accepted tokens in them; a view of `state`, folded in place, if it can be."""
-    current = state[fold.rows]
+def _read_ring(ring: DeltaRing, fold: Fold, num_heads: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What the fold does to a state, `S · decay + k · u`: decay [B, HV, 1, 1], k [B, HV, DK, F], u [B, HV, F, DV].
+
+    None when there is nothing to fold.
+    """
     if len(fold.slots) == 0:
-        return current
-    batch, num_heads = current.shape[:2]
+        return None
+    batch = max(members.stop for _, members in fold.groups)
     k, u, alpha = (x.flatten(0, 1).index_select(0, fold.slots).view(batch, -1, *x.shape[2:]) for x in ring)
     alpha = alpha.mT  # [B, HV, F]
     if fold.is_accepted is not None:
         alpha = torch.where(fold.is_accepted[:, None], alpha, 1.0)
         k = k * fold.is_accepted[:, :, None, None]
-    k, u = _expand_heads(k.transpose(1, 2), num_heads), u.transpose(1, 2)  # [B, HV, F, DK or DV]
-    if alpha.shape[-1] == 1:
-        return current.mul_(alpha[..., None]).addcmul_(k.mT, u)
-    # What token j leaves is decayed by every later one.
-    decay = alpha.flip(-1).cumprod(-1).flip(-1)
-    k = k * F.pad(decay[..., 1:], (0, 1), value=1.0)[..., None]
-    current.mul_(decay[..., :1, None]).flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, u.flatten(0, 1))
-    return current
+    k, u = _expand_heads(k.transpose(1, 2), num_heads), u.transpose(1, 2)
+    if alpha.shape[-1] > 1:
+        # What token j leaves is decayed by every later one.
+        decay = alpha.flip(-1).cumprod(-1).flip(-1)
+        k = k * F.pad(decay[..., 1:], (0, 1), value=1.0)[..., None]
+        alpha = decay[..., :1]
+    return alpha[..., None], k.mT, u
+
+
+def _fold(state: Tensor, recorded: tuple[Tensor, Tensor, Tensor] | None, members: slice) -> Tensor:
+    """Fold into the group's states [b, HV, DK, DV], in place, and return them."""
+    if recorded is None:
+        return state
+    decay, k, u = (part[members] for part in recorded)
+    state.mul_(decay)
+    if k.shape[-1] == 1:
+        return state.addcmul_(k, u)
+    state.flatten(0, 1).baddbmm_(k.flatten(0, 1), u.flatten(0, 1))
+    return state
 
 
 def _run_chunks(
@@ -126,7 +144,8 @@ def _run_chunks(
         part = slice(start, start + CHUNK_LEN)
         q_c, k_c, v_c = (x[:, part].transpose(1, 2) for x in (q, k, v))
         log_alpha_c = log_alpha[:, part].mT
-        out, u = _run_rows(q_c, k_c, v_c, log_alpha_c, beta[:, part].mT, state)
+        reads = _stack_heads(q_c, k_c, v.shape[2]) @ state
+        out, u = _run_rows(q_c, k_c, v_c, log_alpha_c, beta[:, part].mT, reads)
         outs.append(out)
         total = log_alpha_c.cumsum(-1)
         weight = (total[..., -1:] - total).exp()
@@ -135,13 +154,15 @@ def _run_chunks(
     return torch.cat(outs, dim=2).transpose(1, 2), state
 
 
-def _run_rows(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk, heads first: outputs and u, both [B, HV, T, DV]. q, k [B, HK, T, DK]; log_alpha, beta [B, HV, T]."""
+def _run_rows(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk, heads first: outputs and u, both [B, HV, T, DV]. q, k [B, HK, T, DK]; log_alpha, beta [B, HV, T].
+
+    reads [B, HV, 2T, DV] is the state before the chunk as the rows of q, then of k, see it.
+    """
     num_rows, num_heads = q.shape[2], v.shape[1]
     total = log_alpha.cumsum(-1) if num_rows > 1 else log_alpha
-    decayed = _expand_heads(torch.cat([q, k], dim=2), num_heads) @ state
-    shape = (len(q), num_heads, 2, num_rows, -1)
-    q_state, k_state = (decayed.view(shape) * total.exp()[:, :, None, :, None]).unbind(2)
+    reads = reads.view(len(q), num_heads, 2, num_rows, -1) * total.exp()[:, :, None, :, None]
+    q_state, k_state = reads.unbind(2)
     u = (v - k_state) * beta[..., None]
     if num_rows == 1:
         return torch.addcmul(q_state, _expand_heads(torch.linalg.vecdot(q, k)[..., None], num_heads), u), u
@@ -150,6 +171,11 @@ def _run_rows(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, 
     mixing = _expand_heads(k @ k.mT, num_heads) * decay * beta[..., None]
     u = torch.linalg.solve_triangular(mixing, u, upper=False, unitriangular=True)
     return q_state + (_expand_heads(q @ k.mT, num_heads) * decay) @ u, u
+
+
+def _stack_heads(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+    """q and k [B, HK, T, DK] as the 2T rows [B, HV, 2T, DK] that read the state."""
+    return _expand_heads(torch.cat([q, k], dim=2), num_heads)
 
 
 def _expand_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 from kernels.gated_delta_rule import Fold
 from models.cache import Cache
 
+_SMALL_STATE_BYTES = 2**17
+
 
 @dataclass(frozen=True)
 class CacheView:
@@ -49,13 +51,21 @@ class CacheView:
     def fold(self) -> Fold:
         """What the GDN layers must fold first."""
         age = torch.arange(self.num_fold, device=self.start_lens.device)
-        first, count = self.rows[0], len(self.rows)
-        is_consecutive = self.rows == tuple(range(first, first + count))
+        folded = (self.start_lens - self.accept_lens)[:, None] + age
         return Fold(
-            rows=slice(first, first + count) if is_consecutive else self.row_ids,
-            slots=self._ring_slots((self.start_lens - self.accept_lens)[:, None] + age, self.cache.gdn.ring.k.shape[2]),
+            groups=self._state_groups(),
+            slots=self._ring_slots(folded, self.cache.gdn.ring.k.shape[2]),
             is_accepted=None if self.folds_all else age < self.accept_lens[:, None],
         )
+
+    def _state_groups(self) -> tuple[tuple[slice, slice], ...]:
+        """All requests at once when their states are small and lie side by side; else one at a time, so that a state
+        stays in the processor's cache while it is folded and read, and scattered rows are never copied together."""
+        first, count = self.rows[0], len(self.rows)
+        is_consecutive = self.rows == tuple(range(first, first + count))
+        if is_consecutive and self.cache.gdn.state[0, 0].nbytes < _SMALL_STATE_BYTES:
+            return ((slice(first, first + count), slice(0, count)),)
+        return tuple((slice(row, row + 1), slice(i, i + 1)) for i, row in enumerate(self.rows))
 
     def delta_write_slots(self, num_tokens: int) -> Tensor:
         """Flat delta-ring slots of the pass's tokens."""

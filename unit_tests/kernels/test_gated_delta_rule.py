@@ -62,7 +62,9 @@ def make_memory(dtype=torch.float64):
 def make_fold(rows, start_lens, accept_lens, spare=0):
     """The newest accepted tokens of every row; `spare` more are named than any row accepted."""
     count = max(accept_lens) + spare
-    first, is_consecutive = rows[0], rows == list(range(rows[0], rows[0] + len(rows)))
+    first, count_rows = rows[0], len(rows)
+    together = ((slice(first, first + count_rows), slice(0, count_rows)),)
+    apart = tuple((slice(row, row + 1), slice(i, i + 1)) for i, row in enumerate(rows))
     slots = [
         row * RING_LEN + (start - accepted + age) % RING_LEN
         for row, start, accepted in zip(rows, start_lens, accept_lens, strict=True)
@@ -70,7 +72,7 @@ def make_fold(rows, start_lens, accept_lens, spare=0):
     ]
     is_accepted = torch.tensor([[age < accepted for age in range(count)] for accepted in accept_lens])
     return Fold(
-        rows=slice(first, first + len(rows)) if is_consecutive else torch.tensor(rows),
+        groups=together if rows == list(range(first, first + count_rows)) else apart,
         slots=torch.tensor(slots, dtype=torch.long),
         is_accepted=None if is_accepted.all() else is_accepted,
     )

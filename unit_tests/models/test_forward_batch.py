@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import forward_batch
 from models.cache import Cache, GDNCache, KVCache
 from models.config import parse_config
 from models.forward_batch import CacheView, ForwardBatch
@@ -77,15 +78,19 @@ def test_the_mask_shows_each_token_itself_and_what_came_before(cache):
     assert batch.attention_mask[0, 0, 0].tolist() == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize(("rows", "expected"), [([3, 4, 5], slice(3, 6)), ([6], slice(6, 7))])
-def test_consecutive_rows_are_folded_in_place(rows, expected, cache):
+@pytest.mark.parametrize("rows", [[3, 4, 5], [6]])
+def test_small_states_side_by_side_are_folded_together(rows, cache):
     batch = make_batch(cache, rows, [9] * len(rows), [1] * len(rows), accepted=[2] * len(rows))
-    assert batch.view.fold.rows == expected
+    assert batch.view.fold.groups == ((slice(rows[0], rows[-1] + 1), slice(0, len(rows))),)
 
 
-def test_scattered_rows_are_folded_by_index(cache):
-    fold = make_batch(cache, [5, 3], [9, 9], [1, 1]).view.fold
-    assert fold.rows.tolist() == [5, 3]
+def test_scattered_rows_and_large_states_are_folded_one_by_one(cache, monkeypatch):
+    assert make_batch(cache, [5, 3], [9, 9], [1, 1]).view.fold.groups == (
+        (slice(5, 6), slice(0, 1)),
+        (slice(3, 4), slice(1, 2)),
+    )
+    monkeypatch.setattr(forward_batch, "_SMALL_STATE_BYTES", 1)
+    assert len(make_batch(cache, [3, 4], [9, 9], [1, 1]).view.fold.groups) == 2
 
 
 def test_the_fold_names_the_newest_accepted_slots_oldest_first(cache):
