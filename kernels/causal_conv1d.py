@@ -20,8 +20,8 @@ def causal_conv1d(u: Tensor, weight: Tensor, history: Tensor | None = None) -> T
     history [B, W - 1, C] holds the inputs before u; None means zeros.
     """
     num_tokens, num_taps = u.shape[1], weight.shape[1]
+    u = u.to(weight.dtype)
     window = F.pad(u, (0, 0, num_taps - 1, 0)) if history is None else torch.cat([history, u], dim=1)
-    window = window.to(weight.dtype)
     if num_tokens <= _UNROLLED_TOKENS:
         return F.silu((window.unfold(1, num_taps, 1) * weight).sum(-1))
     out = window[:, :num_tokens] * weight[:, 0]
@@ -41,5 +41,5 @@ def causal_conv1d_cached(u: Tensor, weight: Tensor, ring: Tensor, read_slots: Te
     history = slots.index_select(0, read_slots).view(u.shape[0], -1, u.shape[2])
     out = causal_conv1d(u, weight, history)
     num_kept = len(write_slots) // u.shape[0]
-    slots.index_copy_(0, write_slots, u[:, u.shape[1] - num_kept :].flatten(0, 1))
+    slots.index_copy_(0, write_slots, u[:, u.shape[1] - num_kept :].flatten(0, 1).to(ring.dtype))
     return out

@@ -36,8 +36,8 @@ class KVCache:
 class GDNCache:
     """One state per request and layer, and the rings that let it stand behind the newest tokens.
 
-    state [L_delta, R, HV, DK, DV] and ring (see DeltaRing, with a leading L_delta) in float32 or wider;
-    conv_ring [L_delta, R, conv_ring_len, C] in the model dtype. A row's state stands at seq_len - accept_len.
+    state [L_delta, R, HV, DK, DV], ring (see DeltaRing, with a leading L_delta) and conv_ring [L_delta, R,
+    conv_ring_len, C], all in float32 or wider. A row's state stands at seq_len - accept_len.
     """
 
     state: Tensor
@@ -63,7 +63,7 @@ class GDNCache:
                 u=zeros(ring_len, value_heads, value_dim, dtype=wide),
                 alpha=zeros(ring_len, value_heads, dtype=wide),
             ),
-            conv_ring=zeros(conv_ring_len, config.conv_channels, dtype=dtype),
+            conv_ring=zeros(conv_ring_len, config.conv_channels, dtype=wide),
             conv_width=config.conv_width,
         )
 

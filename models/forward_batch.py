@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.gated_delta_net import VerifyPlace
 from kernels.gated_delta_rule import Fold
 from models.cache import Cache
 
@@ -157,10 +158,12 @@ class ForwardBatch:
         return view.conv_read_slots(view.cache.gdn.conv_width), view.conv_write_slots(self.query_lens[0])
 
     @cached_property
-    def delta_slots(self) -> Tensor:
-        """Where a verify step records the delta rule's tokens."""
-        assert self.view is not None
-        return self.view.delta_write_slots(self.query_lens[0])
+    def verify_place(self) -> VerifyPlace:
+        """Where the requests of a verify step stand in the GDN cache."""
+        view = self.view
+        assert view is not None
+        write_slots = view.delta_write_slots(self.query_lens[0])
+        return VerifyPlace(view.row_ids, view.start_lens, view.accept_lens, self.conv_slots, view.fold, write_slots)
 
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
         """One more token per request at positions [B], over the same cache."""

@@ -35,7 +35,11 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight).split(list(self.parts.values()), dim=-1)
+        return self.forward_stacked(x).split(list(self.parts.values()), dim=-1)
+
+    def forward_stacked(self, x: Tensor) -> Tensor:
+        """All outputs side by side: [..., sum of sizes]."""
+        return F.linear(x, self.weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         start = 0

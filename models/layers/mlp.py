@@ -19,7 +19,7 @@ class MLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(silu_and_mul(torch.nn.functional.linear(x, self.gate_up.weight)))
+        return self.down(silu_and_mul(self.gate_up.forward_stacked(x)))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up.weight_slots(prefix)

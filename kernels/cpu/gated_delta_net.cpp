@@ -1,0 +1,190 @@
+// The verify step of a Gated DeltaNet layer between its two projections, for a CPU: convolution, gates, fold, T rows of
+// the delta rule, gated norm. The formulas and the contract are those of kernels/gated_delta_net.py, whose torch version
+// is the oracle. One task is one value head of one request, so a state is read once and written once per step.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+struct Sizes {
+    int64_t requests, tokens, key_heads, value_heads, key_dim, value_dim, taps, conv_ring_len, ring_len;
+};
+
+template <typename F>
+struct Memory {
+    F *conv_ring, *state, *ring_k, *ring_u, *ring_alpha;
+    const int64_t *rows, *start_lens, *accept_lens;
+};
+
+template <typename F>
+struct Weights {
+    const F *conv, *a_log, *dt_bias, *norm;
+    F eps;
+};
+
+template <typename F>
+F sigmoid(F x) {
+    return F(1) / (F(1) + std::exp(-x));
+}
+
+template <typename F>
+F softplus(F x) {
+    return x > F(20) ? x : std::log1p(std::exp(x));
+}
+
+// Channels first..first+count of all tokens -> out [T, count]; the owner of the channels also records its inputs.
+template <typename F>
+void convolve(const Sizes& n, const F* inputs, int64_t stride, const F* weight, F* ring, int64_t start, int64_t first,
+              int64_t count, int64_t channels, bool is_owner, F* out) {
+    const int64_t ring_mask = n.conv_ring_len - 1;
+    for (int64_t t = 0; t < n.tokens; ++t) {
+        F* row = out + t * count;
+        for (int64_t c = 0; c < count; ++c) row[c] = 0;
+        for (int64_t tap = 0; tap < n.taps; ++tap) {
+            const int64_t ahead = t - (n.taps - 1) + tap;
+            const F* u = ahead >= 0 ? inputs + ahead * stride : ring + ((start + ahead) & ring_mask) * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < count; ++c) row[c] += u[first + c] * weight[(first + c) * n.taps + tap];
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) row[c] *= sigmoid(row[c]);
+    }
+    if (!is_owner) return;
+    for (int64_t t = 0; t < n.tokens; ++t) {
+        F* slot = ring + ((start + t) & ring_mask) * channels;
+        for (int64_t c = 0; c < count; ++c) slot[first + c] = inputs[t * stride + first + c];
+    }
+}
+
+template <typename F>
+void l2_normalise(F* rows, int64_t count, int64_t dim, F scale) {
+    for (int64_t t = 0; t < count; ++t) {
+        F* x = rows + t * dim;
+        F sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < dim; ++i) sum += x[i] * x[i];
+        const F factor = scale / std::sqrt(sum + F(1e-6));
+        for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
+    }
+}
+
+// One row of the state: source · decay + k · u, written to target, and added to what q and k read.
+template <typename F>
+void update_and_read(const F* source, F* target, int64_t dim, F decay, F k, const F* u, F next_q, F next_k, F* read_q,
+                     F* read_k) {
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) {
+        const F value = source[i] * decay + k * u[i];
+        target[i] = value;
+        read_q[i] += value * next_q;
+        read_k[i] += value * next_k;
+    }
+}
+
+template <typename F>
+void verify_head(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const F* projected, int64_t request,
+                 int64_t head, std::vector<F>& scratch, F* out) {
+    const int64_t DK = n.key_dim, DV = n.value_dim, T = n.tokens, HV = n.value_heads;
+    const int64_t group = HV / n.key_heads, key_head = head / group, key_size = n.key_heads * DK;
+    const int64_t channels = 2 * key_size + HV * DV, stride = channels + HV * DV + 2 * HV;
+    const int64_t row = m.rows[request], start = m.start_lens[request], accepted = m.accept_lens[request];
+    const bool owns_keys = head % group == 0;
+    const int64_t ring_mask = n.ring_len - 1;
+
+    scratch.resize(T * (2 * DK + 2 * DV) + 2 * DV + DK * DV);
+    F *q = scratch.data(), *k = q + T * DK, *v = k + T * DK, *u = v + T * DV;
+    F *read_q = u + T * DV, *read_k = read_q + DV, *running = read_k + DV;
+
+    const F* inputs = projected + request * T * stride;
+    F* conv_ring = m.conv_ring + row * n.conv_ring_len * channels;
+    convolve(n, inputs, stride, w.conv, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
+    convolve(n, inputs, stride, w.conv, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
+    convolve(n, inputs, stride, w.conv, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
+    l2_normalise(q, T, DK, F(1) / std::sqrt(F(DK)));
+    l2_normalise(k, T, DK, F(1));
+
+    F* state = m.state + (row * HV + head) * DK * DV;
+    const F rate = -std::exp(w.a_log[head]);
+    F decay = 1;
+    for (int64_t t = 0; t < T; ++t) {
+        for (int64_t i = 0; i < 2 * DV; ++i) read_q[i] = 0;
+        if (t == 0) {
+            for (int64_t j = 0; j < accepted; ++j) {
+                const int64_t slot = row * n.ring_len + ((start - accepted + j) & ring_mask);
+                const F* ring_u = m.ring_u + (slot * HV + head) * DV;
+                const F* ring_k = m.ring_k + (slot * n.key_heads + key_head) * DK;
+                const F alpha = m.ring_alpha[slot * HV + head];
+                const bool is_last = j == accepted - 1;
+                for (int64_t i = 0; i < DK; ++i)
+                    update_and_read(state + i * DV, state + i * DV, DV, alpha, ring_k[i], ring_u,
+                                    is_last ? q[i] : F(0), is_last ? k[i] : F(0), read_q, read_k);
+            }
+            if (accepted == 0)
+                for (int64_t i = 0; i < DK; ++i)
+#pragma omp simd
+                    for (int64_t c = 0; c < DV; ++c) {
+                        read_q[c] += state[i * DV + c] * q[i];
+                        read_k[c] += state[i * DV + c] * k[i];
+                    }
+        } else {
+            // The stored state stays before the guesses; they advance a copy.
+            const F* source = t == 1 ? state : running;
+            for (int64_t i = 0; i < DK; ++i)
+                update_and_read(source + i * DV, running + i * DV, DV, decay, k[(t - 1) * DK + i], u + (t - 1) * DV,
+                                q[t * DK + i], k[t * DK + i], read_q, read_k);
+        }
+        const F* gates = inputs + t * stride + channels + HV * DV;
+        const F beta = sigmoid(gates[head]);
+        decay = std::exp(rate * softplus(gates[HV + head] + w.dt_bias[head]));
+        F qk = 0;
+#pragma omp simd reduction(+ : qk)
+        for (int64_t i = 0; i < DK; ++i) qk += q[t * DK + i] * k[t * DK + i];
+
+        const int64_t slot = row * n.ring_len + ((start + t) & ring_mask);
+        F* ring_u = m.ring_u + (slot * HV + head) * DV;
+        F square = 0;
+#pragma omp simd reduction(+ : square)
+        for (int64_t c = 0; c < DV; ++c) {
+            const F delta = beta * (v[t * DV + c] - decay * read_k[c]);
+            u[t * DV + c] = ring_u[c] = delta;
+            read_q[c] = decay * read_q[c] + qk * delta;
+            square += read_q[c] * read_q[c];
+        }
+        m.ring_alpha[slot * HV + head] = decay;
+        if (owns_keys) {
+            F* ring_k = m.ring_k + (slot * n.key_heads + key_head) * DK;
+            for (int64_t i = 0; i < DK; ++i) ring_k[i] = k[t * DK + i];
+        }
+        const F factor = F(1) / std::sqrt(square / DV + w.eps);
+        const F* z = inputs + t * stride + channels + head * DV;
+        F* y = out + ((request * T + t) * HV + head) * DV;
+#pragma omp simd
+        for (int64_t c = 0; c < DV; ++c) y[c] = w.norm[c] * read_q[c] * factor * (z[c] * sigmoid(z[c]));
+    }
+}
+
+template <typename F>
+void verify(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const F* projected, F* out, int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        std::vector<F> scratch;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < n.requests * n.value_heads; ++task)
+            verify_head(n, w, m, projected, task / n.value_heads, task % n.value_heads, scratch, out);
+    }
+}
+
+}  // namespace
+
+// All pointers as in kernels/gated_delta_net.py; ring lengths are powers of two.
+extern "C" void gated_delta_net_verify_float(const Sizes* n, const Weights<float>* w, const Memory<float>* m,
+                                             const float* projected, float* out, int num_threads) {
+    verify(*n, *w, *m, projected, out, num_threads);
+}
+
+extern "C" void gated_delta_net_verify_double(const Sizes* n, const Weights<double>* w, const Memory<double>* m,
+                                              const double* projected, double* out, int num_threads) {
+    verify(*n, *w, *m, projected, out, num_threads);
+}

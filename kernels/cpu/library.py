@@ -1,0 +1,63 @@
+"""The C++ kernels of this folder as one shared library, built on first use and kept in the user's cache directory.
+
+Without a compiler everything works on the torch versions, which one log line says.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The library, built if this machine has not built these sources yet; None where that is not possible."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        logger.warning("no g++ or clang++ found: CPU decoding stays on the slower torch version of the GDN step")
+        return None
+    path = _cache_directory() / f"tandem-{_fingerprint(compiler)}.so"
+    try:
+        if not path.exists():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        logger.warning("the CPU kernels could not be built, decoding stays on the torch version: %s", detail)
+        return None
+
+
+def _build(compiler: str, path: Path) -> None:
+    logger.info("building the CPU kernels (once, a few seconds)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        built = Path(directory) / path.name
+        command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        built.replace(path)  # atomic: two processes may build at once
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with the sources, the flags, the compiler and the processor the code is made for."""
+    digest = hashlib.sha256(repr((compiler, _FLAGS)).encode())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        flags = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
+        digest.update("".join(flags[:1]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
