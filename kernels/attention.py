@@ -4,8 +4,21 @@ N tokens of B requests, HQ query heads, HKV key-value heads (query head h uses k
 dimension, P pages of a request. Softmax in float32 or wider inside torch's scaled_dot_product_attention.
 """
 
+import ctypes
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cpu.library import load_library
+
+_MAX_TOKENS = 16
+_FUNCTIONS = {
+    torch.bfloat16: "attention_bfloat16",
+    torch.float32: "attention_float32",
+    torch.float64: "attention_float64",
+}
+_PARALLEL_ELEMENTS = 2**15
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,20 +33,54 @@ def store_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
     kv[1].flatten(0, 1)[slots] = v
 
 
-def paged_attention(q: Tensor, kv: Tensor, page_table: Tensor, mask: Tensor) -> Tensor:
+def paged_attention(q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
     """Attend q [B · T, HQ, D] to the paged cache, which already holds the tokens' own keys and values.
 
-    kv [2, pages, page_size, HKV, D]; page_table [B, P] int64; mask [B, 1, T, S] bool: which of the S <= P · page_size
-    first positions of its request each token sees. Returns [B · T, HQ, D].
+    kv [2, pages, page_size, HKV, D]; page_table [B, P] int64 covers every position; positions [B, T] int64: the token
+    at position p sees positions 0..p of its request. Returns [B · T, HQ, D]. On a CPU a few tokens per request take the
+    kernel in kernels/cpu, whose sums do not depend on the other tokens.
     """
-    (batch, _, num_tokens, length), (num_kv_heads, dim) = mask.shape, kv.shape[3:]
-    page_size, group = kv.shape[2], q.shape[1] // num_kv_heads
-    pages = page_table[:, : -(-length // page_size)].flatten()
-    keys, values = (x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :length].transpose(1, 2) for x in kv)
-    q = q.view(batch, num_tokens, num_kv_heads, group, dim)
-    if num_tokens == 1:
-        out = F.scaled_dot_product_attention(q[:, 0], keys, values, attn_mask=mask)  # the group is the query axis
-        return out.view(batch, num_kv_heads * group, dim)
-    q = q.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    library = load_library() if q.device.type == "cpu" and positions.shape[1] <= _MAX_TOKENS else None
+    if library is None or kv.dtype not in _FUNCTIONS:
+        return paged_attention_torch(q, kv, page_table, positions)
+    return _paged_attention_cpp(library, q, kv, page_table, positions)
+
+
+def paged_attention_torch(q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
+    """The law: see `paged_attention`."""
+    batch, num_tokens = positions.shape
+    longest = int(positions.max()) + 1
+    mask = torch.arange(longest, device=q.device) <= positions[:, None, :, None]  # [B, 1, T, longest]
+    page_size, num_kv_heads, dim = kv.shape[2:]
+    group = q.shape[1] // num_kv_heads
+    pages = page_table[:, : -(-longest // page_size)].flatten()
+    keys, values = (
+        x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :longest].transpose(1, 2) for x in kv
+    )
+    q = q.view(batch, num_tokens, num_kv_heads * group, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).reshape(batch * num_tokens, num_kv_heads * group, dim)
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("requests", "tokens", "heads", "kv_heads", "dim", "pages", "page_size", "table_width")
+    ]
+
+
+def _paged_attention_cpp(library: ctypes.CDLL, q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
+    inputs = q.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    table, positions, out = page_table.contiguous(), positions.contiguous(), torch.empty_like(inputs)
+    (batch, num_tokens), (_, num_pages, page_size, num_kv_heads, dim) = positions.shape, kv.shape
+    sizes = _Sizes(batch, num_tokens, q.shape[1], num_kv_heads, dim, num_pages, page_size, table.shape[1])
+    getattr(library, _FUNCTIONS[kv.dtype])(
+        ctypes.byref(sizes),
+        ctypes.c_void_p(inputs.data_ptr()),
+        ctypes.c_void_p(kv.data_ptr()),
+        ctypes.c_void_p(table.data_ptr()),
+        ctypes.c_void_p(positions.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        torch.get_num_threads() if inputs.numel() * page_size >= _PARALLEL_ELEMENTS else 1,
+    )
+    return out.to(q.dtype)

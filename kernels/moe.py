@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from kernels.activation import silu_and_mul
+from kernels.linear import linear
 
 
 def route(router_logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """Softmax over all E in float32 or wider, top-k, renormalised: weights [N, k] and expert ids [N, k].
+    """Softmax over all E, top-k, renormalised, which is the softmax over the top-k logits, in float32 or wider.
 
-    router_logits [N, E].
+    router_logits [N, E] -> weights [N, k] and expert ids [N, k].
     """
     wide = torch.promote_types(router_logits.dtype, torch.float32)
-    weights, experts = router_logits.to(wide).softmax(-1).topk(num_chosen, dim=-1)
-    return weights / weights.sum(-1, keepdim=True), experts
+    logits, experts = router_logits.to(wide).topk(num_chosen, dim=-1)
+    return logits.softmax(-1), experts
 
 
 def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -29,6 +30,6 @@ def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     out = torch.zeros_like(x)
     for expert in experts.unique().tolist():
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        part = silu_and_mul(x[token] @ gate_up[expert].T) @ down[expert].T
+        part = linear(silu_and_mul(linear(x[token], gate_up[expert])), down[expert])
         out.index_add_(0, token, part * weights[token, choice, None])
     return out

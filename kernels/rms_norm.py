@@ -1,8 +1,14 @@
-"""RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, kept here as 1 + w)."""
+"""RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, stored here as 1 + w)."""
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cpu.library import load_library
+
+_FUNCTIONS = {torch.float32: "rms_norm_float32", torch.float64: "rms_norm_float64"}
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -10,6 +16,15 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
     x [..., D]; scale [D], which is `1 + w` of the checkpoint, float32 or wider.
     """
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        library = load_library()
+        if library is not None:
+            return _rms_norm_cpp(library, x, scale, eps)
+    return rms_norm_torch(x, scale, eps)
+
+
+def rms_norm_torch(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """The law: see `rms_norm`."""
     return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps).to(x.dtype)
 
 
@@ -26,3 +41,17 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x · rsqrt(sum(x²) + eps)` over the last dimension (a sum, not a mean). x [..., D] float32 or wider."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def _rms_norm_cpp(library: ctypes.CDLL, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    inputs = x.to(scale.dtype).contiguous()
+    out = torch.empty_like(inputs)
+    getattr(library, _FUNCTIONS[scale.dtype])(
+        ctypes.c_void_p(inputs.data_ptr()),
+        ctypes.c_void_p(scale.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(inputs.numel() // max(1, len(scale))),
+        ctypes.c_int64(len(scale)),
+        ctypes.c_double(eps),
+    )
+    return out.to(x.dtype)

@@ -3,15 +3,21 @@
 import torch
 from torch import Tensor
 
+_LANES = 16
+
 
 def rotary_angles(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [N, 1, rotary_dim / 2] of `position · theta^(-2j / rotary_dim)`, computed in `dtype` (fp32 or wider).
 
     positions [N] int64. Text only: the three rows of the multimodal rope are equal, which makes it plain rope.
     """
-    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=dtype) / rotary_dim
+    half = rotary_dim // 2
+    # Whole vectors only: torch's vector and scalar cosines differ in the last bit, and which one an angle gets must not
+    # depend on how many rows there are.
+    width = -(-half // _LANES) * _LANES
+    exponent = torch.arange(0, 2 * width, 2, device=positions.device, dtype=dtype) / rotary_dim
     angles = positions.to(dtype)[:, None, None] * theta**-exponent
-    return angles.cos(), angles.sin()
+    return angles.cos()[..., :half], angles.sin()[..., :half]
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

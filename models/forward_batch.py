@@ -140,17 +140,6 @@ class ForwardBatch:
         return pages * page_size + self.positions % page_size
 
     @cached_property
-    def longest(self) -> int:
-        """Positions that the attention of this pass can reach: the largest position plus one."""
-        return int(self.positions.max()) + 1
-
-    @cached_property
-    def attention_mask(self) -> Tensor:
-        """[B, 1, T, longest] bool of a batch with equally many tokens: what each token may attend to."""
-        positions = self.positions.view(self.num_requests, 1, -1, 1)
-        return torch.arange(self.longest, device=positions.device) <= positions
-
-    @cached_property
     def conv_slots(self) -> tuple[Tensor, Tensor]:
         """Where the convolution of a batch with equally many tokens reads its history and records its inputs."""
         view = self.view

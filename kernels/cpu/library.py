@@ -15,8 +15,11 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+_SOURCES = sorted([*Path(__file__).parent.glob("*.cpp"), *Path(__file__).parent.glob("*.h")])
+_FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-fPIC", "-shared", "-fopenmp"),
+)
 
 
 @functools.cache
@@ -42,7 +45,13 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = Path(directory) / path.name
-        command = [compiler, *_FLAGS, "-o", str(built), *map(str, _SOURCES)]
+        command = [
+            compiler,
+            *_FLAGS,
+            "-o",
+            str(built),
+            *(str(source) for source in _SOURCES if source.suffix == ".cpp"),
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         built.replace(path)  # atomic: two processes may build at once
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import linear
 from models.weight_slot import WeightSlot
 
 
@@ -17,7 +17,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.weight)
@@ -39,7 +39,7 @@ class StackedLinear(nn.Module):
 
     def forward_stacked(self, x: Tensor) -> Tensor:
         """All outputs side by side: [..., sum of sizes]."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         start = 0

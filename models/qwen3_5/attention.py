@@ -50,7 +50,7 @@ class Attention(nn.Module):
         kv = view.cache.kv.data[self.layer]
         store_kv(k, v, kv, forward.kv_slots)
         out = [
-            paged_attention(q[span], kv, part.view.page_table, part.attention_mask)
+            paged_attention(q[span], kv, part.view.page_table, part.positions.view(part.num_requests, -1))
             for span, part in forward.parts
             if part.view is not None
         ]

@@ -7,9 +7,9 @@ size, V vocabulary.
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import linear
 from kernels.rotary import rotary_angles
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -91,7 +91,7 @@ class Qwen35(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] after the final norm -> logits [..., V] in float32 or wider."""
-        logits = F.linear(hidden, self.lm_head.weight)
+        logits = linear(hidden, self.lm_head.weight)
         return logits.to(self.norm.scale.dtype)
 
     def rotary(self, positions: Tensor) -> Rotary:

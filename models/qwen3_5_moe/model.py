@@ -32,7 +32,9 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = route(self.router(x), self.experts_per_token)
         routed = run_experts(x, self.gate_up, self.down, weights, experts)
-        return routed + self.shared_gate(x).sigmoid() * self.shared_expert(x)
+        # As wide as x, so that the sigmoid of a row does not depend on how many rows share a vector register.
+        gate = self.shared_gate(x).expand_as(x).sigmoid()
+        return routed + gate * self.shared_expert(x)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Both expert layouts of the checkpoints: fused 3-D tensors, and one 2-D tensor per expert and matrix."""

@@ -50,7 +50,7 @@ def build_runner(config: EngineConfig) -> Runner:
         dtype = _choose_dtype(config.dtype, model_config)
         target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
         load_weights(Path(config.model), target, draft)
-        eos_ids = read_stop_ids(config.model)
+        eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
     except model_errors.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     for model in (target, draft):

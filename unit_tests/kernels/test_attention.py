@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention import causal_attention, paged_attention, store_kv
+from kernels.attention import causal_attention, paged_attention, paged_attention_torch, store_kv
 
 HQ, HKV, D, PAGE_SIZE, NUM_PAGES = 6, 2, 5, 4, 40
 
@@ -37,11 +37,6 @@ def slots_of(table, request, positions):
     return torch.tensor([int(table[request, p // PAGE_SIZE]) * PAGE_SIZE + p % PAGE_SIZE for p in positions])
 
 
-def causal_mask(positions, length):
-    """[B, 1, T, length]: positions [B, T] see what is not after them."""
-    return torch.arange(length) <= positions[:, None, :, None]
-
-
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_whole_sequences_equal_the_formula(length):
     q, k, v = draw(2, length, HQ, D), draw(2, length, HKV, D, seed=1), draw(2, length, HKV, D, seed=2)
@@ -50,9 +45,9 @@ def test_whole_sequences_equal_the_formula(length):
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 3, 7])
-@pytest.mark.parametrize("spare", [0, 1, 3])
-def test_paged_attention_equals_the_formula(num_queries, spare):
-    """The last tokens of three requests of different lengths; the mask may reach `spare` slots past the longest."""
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_torch])
+def test_paged_attention_equals_the_formula(num_queries, attend):
+    """The last tokens of three requests of different lengths, by the kernel and by the law."""
     lengths = (7, 21, 13)
     q = [draw(length, HQ, D, seed=length) for length in lengths]
     k = [draw(length, HKV, D, seed=length + 1) for length in lengths]
@@ -63,8 +58,23 @@ def test_paged_attention_equals_the_formula(num_queries, spare):
     positions = torch.stack([torch.arange(end - num_queries, end) for end in lengths])
     queries = torch.cat([part[-num_queries:] for part in q])
     expected = torch.cat([naive(q[i], k[i], v[i])[-num_queries:] for i in range(3)])
-    mask = causal_mask(positions, max(lengths) + spare)
-    torch.testing.assert_close(paged_attention(queries, kv, table, mask), expected)
+    torch.testing.assert_close(attend(queries, kv, table, positions), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_attends_alike_in_any_company(dtype):
+    """Bit for bit: alone, and among other tokens and requests."""
+    lengths = (7, 21, 13)
+    kv, table = make_cache(lengths)
+    kv = torch.randn(kv.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    positions = torch.stack([torch.arange(end - 3, end) for end in lengths])
+    q = torch.randn(9, HQ, D, generator=torch.Generator().manual_seed(6)).to(dtype)
+    together = paged_attention(q, kv, table, positions)
+    law = paged_attention_torch(q, kv, table, positions)
+    torch.testing.assert_close(together, law, rtol=2e-2, atol=2e-2)
+    for i in range(9):
+        alone = paged_attention(q[i : i + 1], kv, table[i // 3 : i // 3 + 1], positions[i // 3, i % 3].view(1, 1))
+        assert torch.equal(alone[0], together[i])
 
 
 def test_later_positions_are_not_seen():
@@ -72,10 +82,10 @@ def test_later_positions_are_not_seen():
     kv, table = make_cache([12])
     k, v, q = draw(12, HKV, D, seed=1), draw(12, HKV, D, seed=2), draw(1, HQ, D)
     store_kv(k, v, kv, slots_of(table, 0, range(12)))
-    mask = causal_mask(torch.tensor([[6]]), 12)
-    before = paged_attention(q, kv, table, mask)
+    where = torch.tensor([[6]])
+    before = paged_attention(q, kv, table, where)
     store_kv(1e3 * k[7:], 1e3 * v[7:], kv, slots_of(table, 0, range(7, 12)))
-    assert torch.equal(paged_attention(q, kv, table, mask), before)
+    assert torch.equal(paged_attention(q, kv, table, where), before)
 
 
 def test_storing_writes_the_given_slots_only():

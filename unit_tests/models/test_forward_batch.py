@@ -71,13 +71,6 @@ def test_kv_slots_are_page_times_size_plus_offset(query_lens, cache):
     assert batch.kv_slots.tolist() == expected
 
 
-def test_the_mask_shows_each_token_itself_and_what_came_before(cache):
-    batch = make_batch(cache, [1, 2], [1, 3], [2, 2])
-    assert batch.attention_mask.shape == (2, 1, 2, 5)
-    assert batch.attention_mask[:, 0].sum(-1).tolist() == [[2, 3], [4, 5]]
-    assert batch.attention_mask[0, 0, 0].tolist() == [True, True, False, False, False]
-
-
 @pytest.mark.parametrize("rows", [[3, 4, 5], [6]])
 def test_small_states_side_by_side_are_folded_together(rows, cache):
     batch = make_batch(cache, rows, [9] * len(rows), [1] * len(rows), accepted=[2] * len(rows))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.cpu.library import load_library
 from server.engine import Engine
 from server.messages import Generate, SamplingParams
 from unit_tests.checkpoints import make_checkpoint
@@ -156,3 +157,23 @@ def test_prompts_of_every_length_from_1_to_130_tokens_work(checkpoint: Path) -> 
     expected = generate(make_engine(checkpoint), prompts, params)
     engine = make_engine(checkpoint, mtp_step=1, chunked_prefill_size=61, max_running_requests=9)
     assert generate(engine, prompts, params) == expected
+
+
+@pytest.mark.skipif(load_library() is None, reason="bit-exact decoding needs the C++ kernels")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_verify_steps_compute_the_very_bits_of_plain_decoding(
+    checkpoint: Path, moe_checkpoint: Path, moe: bool, dtype: str
+) -> None:
+    """In the precisions people serve: after the same prefill, tokens and log-probabilities equal bit for bit."""
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
+    results = []
+    for mtp_step in (0, 1, 3, 7):
+        engine = make_engine(
+            moe_checkpoint if moe else checkpoint, dtype=dtype, mtp_step=mtp_step, max_running_requests=8
+        )
+        messages = run(engine, FEW_PROMPTS[:8], params)
+        logprobs = [[entry.logprob for message in one for entry in message.logprobs] for one in messages]
+        results.append((tokens_of(messages), logprobs))
+        assert mtp_step == 0 or engine.scheduler.counters.num_accepted > 0
+    assert all(result == results[0] for result in results)

@@ -1,0 +1,107 @@
+// Products of few rows with many, in 64-byte vectors, with weights of any served dtype widened as they are read.
+//
+// Each output is summed in one fixed order (16 or 8 lanes along K, then across them), whatever the number of rows and
+// threads. So a row's result does not depend on its company, bit for bit: a verify step computes what plain decoding does.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace tandem {
+
+using bf16 = uint16_t;
+
+template <typename F>
+struct Vector;
+template <>
+struct Vector<float> {
+    static constexpr int64_t lanes = 16;
+    typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct Vector<double> {
+    static constexpr int64_t lanes = 8;
+    typedef double type __attribute__((vector_size(64)));
+};
+
+template <typename F>
+typename Vector<F>::type load(const F* p) {
+    typename Vector<F>::type v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Vector<float>::type load(const bf16* p) {
+    typedef uint16_t halves __attribute__((vector_size(32)));
+    typedef uint32_t words __attribute__((vector_size(64)));
+    halves h;
+    std::memcpy(&h, p, sizeof h);
+    const words w = __builtin_convertvector(h, words) << 16;
+    Vector<float>::type v;
+    std::memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) {
+    const uint32_t word = uint32_t(x) << 16;
+    float v;
+    std::memcpy(&v, &word, sizeof v);
+    return v;
+}
+
+// Halves every segment of W lanes of a and b: the sums of each segment's two halves, those of a first.
+template <int W, typename V, int... J>
+V halve(V a, V b, std::integer_sequence<int, J...>) {
+    return __builtin_shufflevector(a, b, (J / (W / 2) * W + J % (W / 2))...) +
+           __builtin_shufflevector(a, b, (J / (W / 2) * W + J % (W / 2) + W / 2)...);
+}
+
+// Lane j of v[0] becomes the sum of all lanes of v[j], for as many vectors as a vector has lanes.
+template <int W, int L, typename V>
+void add_lanes(V* v) {
+    if constexpr (W > 1) {
+        for (int i = 0; i < W / 2; ++i) v[i] = halve<W>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, L>());
+        add_lanes<W / 2, L>(v);
+    }
+}
+
+// y [ROWS, N] of x [ROWS, K] against COLS rows of W, which lie `stride` elements apart.
+template <int ROWS, int COLS, typename W, typename F>
+void multiply_tile(const F* x, const W* weight, F* y, int64_t K, int64_t stride, int64_t N) {
+    using V = typename Vector<F>::type;
+    constexpr int L = Vector<F>::lanes, SUMS = (ROWS * COLS + L - 1) / L * L;
+    V sums[SUMS] = {};
+    int64_t k = 0;
+    for (; k + L <= K; k += L) {
+        V w[COLS];
+        for (int c = 0; c < COLS; ++c) w[c] = load(weight + c * stride + k);
+        for (int r = 0; r < ROWS; ++r) {
+            const V a = load(x + r * K + k);
+            for (int c = 0; c < COLS; ++c) sums[r * COLS + c] += a * w[c];
+        }
+    }
+    for (int first = 0; first < SUMS; first += L) add_lanes<L, L>(sums + first);
+    for (int r = 0; r < ROWS; ++r)
+        for (int c = 0; c < COLS; ++c) {
+            const int i = r * COLS + c;
+            F sum = sums[i / L * L][i % L];
+            for (int64_t rest = k; rest < K; ++rest) sum += x[r * K + rest] * widen(weight[c * stride + rest]);
+            y[r * N + c] = sum;
+        }
+}
+
+// The same for any number of rows.
+template <int COLS, typename W, typename F>
+void multiply_rows(const F* x, const W* weight, F* y, int64_t M, int64_t K, int64_t stride, int64_t N) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) multiply_tile<4, COLS>(x + m * K, weight, y + m * N, K, stride, N);
+    if (M - m == 3) multiply_tile<3, COLS>(x + m * K, weight, y + m * N, K, stride, N);
+    if (M - m == 2) multiply_tile<2, COLS>(x + m * K, weight, y + m * N, K, stride, N);
+    if (M - m == 1) multiply_tile<1, COLS>(x + m * K, weight, y + m * N, K, stride, N);
+}
+
+}  // namespace tandem
