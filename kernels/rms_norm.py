@@ -1,4 +1,4 @@
-"""RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, stored here as 1 + w)."""
+"""RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, kept as 1 + w)."""
 
 import ctypes
 

@@ -40,8 +40,9 @@ def draw(
 ) -> Tensor:
     """One token per row [N] int64: argmax where temperature is 0, else a draw after min_p, top_k and top_p.
 
-    logits [N, V]; temperature, top_p, min_p [N] float; top_k [N] int64, 0 is off; seeds, positions [N] int64, where the
-    position is the drawn token's own. A filter keeps tokens that tie with the last one it keeps.
+    logits [N, V]; temperature [N] float, 0 or at least 1e-5; top_p, min_p [N] float; top_k [N] int64, 0 is off; seeds,
+    positions [N] int64, where the position is the drawn token's own. A filter keeps tokens that tie with the last one
+    it keeps.
     """
     token_ids = logits.argmax(-1)
     sampled = temperature.nonzero().squeeze(1)
@@ -61,7 +62,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch
     bits = _mix(_mix(ids ^ first[:, None]) + second[:, None])
     # u is small where the noise is large, so its relative precision carries the tail.
     u = ((bits.long() & _LOW_32).to(dtype) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-u))
+    return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +86,7 @@ def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     keep &= best >= best[:, :1] + min_p[:, None].to(scaled.dtype).log()
     probs = best.masked_fill(~keep, -torch.inf).softmax(-1)
     keep &= (probs.cumsum(-1) - probs < top_p[:, None]) | (top_p >= 1)[:, None]
+    keep[:, 0] = True
     cutoff = best.gather(1, keep.sum(-1, keepdim=True) - 1)
     return scaled.masked_fill(scaled < torch.where(needs[:, None], cutoff, -torch.inf), -torch.inf)
 

@@ -50,6 +50,7 @@ class EngineConfig:
     num_threads: int | None = _setting(None, "CPU threads for torch; default: the cores this process may use")
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         if not 0 <= self.mtp_step <= MAX_MTP_STEP:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
         for name in ("max_running_requests", "chunked_prefill_size", "page_size"):
@@ -57,6 +58,26 @@ class EngineConfig:
         for name in ("max_model_len", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes the scheduler plans with; `mtp_step` is K."""
+
+    max_running_requests: int
+    chunked_prefill_size: int
+    page_size: int
+    num_pages: int
+    mtp_step: int
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages of a request that may write ahead of num_tokens committed ones."""
+        return -(-(num_tokens + lookahead(self.mtp_step)) // self.page_size)
+
+
+def lookahead(mtp_step: int) -> int:
+    """Positions past the committed ones that a decode step may write: T verify rows, then K - 1 draft rows."""
+    return 2 * mtp_step + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +92,21 @@ class ServerConfig:
     log_level: str = _setting("info", "log level", ("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require_positive("max_queued_requests", self.max_queued_requests)
         if self.drain_timeout < 0:
             raise ConfigError(f"--drain-timeout is {self.drain_timeout}, it must be 0 or more seconds")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, the range is 0..65535")
+
+
+def _require_choices(config: Any) -> None:
+    for setting in fields(config):
+        choices, value = setting.metadata["choices"], getattr(config, setting.name)
+        if choices and value not in choices:
+            raise ConfigError(
+                f"--{setting.name.replace('_', '-')} is {value!r}, it must be one of {', '.join(choices)}"
+            )
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -12,8 +12,8 @@ from server.backend.sampler import Sampled
 from server.config import EngineConfig
 from server.errors import InvalidRequest
 from server.messages import EngineStats, Generate, Ready, TokenOutput
-from server.router.request import Request
-from server.router.scheduler import Batch, Scheduler
+from server.request import Batch, Request
+from server.router.scheduler import Scheduler
 
 
 class Engine:
@@ -33,7 +33,7 @@ class Engine:
         self._num_steps = 0
 
     def add(self, message: Generate) -> None:
-        """Queue a request. Raises InvalidRequest for a prompt that can never be served."""
+        """Queue a request. Raises InvalidRequest for what can never be served."""
         prompt_ids, limit = message.prompt_token_ids, self.ready.max_model_len
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty, at least one token is needed", "prompt")
@@ -45,6 +45,7 @@ class Engine:
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.ready.vocab_size:
             raise InvalidRequest(f"prompt token ids must lie in 0..{self.ready.vocab_size - 1}", "prompt")
+        message.sampling.check(self.ready.vocab_size)
         self.scheduler.add(Request.create(message, self.ready.eos_token_ids, limit))
 
     def abort(self, request_id: str) -> None:
@@ -68,17 +69,17 @@ class Engine:
         rows = hidden if batch.is_verify else hidden[last_indices(forward)]
         logits = runner.target.compute_logits(rows).unflatten(0, (len(batch.requests), -1))  # [B, T, V]
         sampled = runner.sampler.sample(logits, forward, batch)
+        self._count_outputs(batch, sampled)
         newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
         drafts = newest[:, :0]
         if runner.drafter is not None:
             drafts = runner.drafter.propose(hidden, sampled, forward, batch)
         runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
-        self._count_outputs(batch, sampled)
         logprobs = runner.sampler.read_logprobs(sampled, batch)
         return self.scheduler.collect(batch, sampled.token_ids.tolist(), sampled.accept_lens.tolist(), logprobs)
 
     def _count_outputs(self, batch: Batch, sampled: Sampled) -> None:
-        """Penalties of later steps need to know what this one emitted."""
+        """Penalties of the drafts and of later steps need to know what this one emitted."""
         which = [i for i, request in enumerate(batch.requests) if has_penalty(request.sampling)]
         if which:
             rows = torch.tensor([batch.requests[i].row for i in which], device=sampled.token_ids.device)

@@ -1,6 +1,7 @@
 """The engine without HTTP: `LLM.generate` and `LLM.stream`. Needs neither FastAPI nor ZeroMQ."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +48,7 @@ class LLM:
         self.config = EngineConfig(**settings)
         self.engine = Engine(self.config)
         self._request_ids = itertools.count()
+        self._jobs: dict[str, _Job] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -60,67 +62,87 @@ class LLM:
     ) -> list[Output]:
         """Complete all prompts (texts, or token ids) together; one SamplingParams for all, or one each.
 
-        Raises InvalidRequest for a prompt that cannot be served; nothing is left behind then.
+        Raises InvalidRequest for what cannot be served; nothing is left behind then.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if isinstance(prompts, str):
+            raise InvalidRequest("prompts is a string, a list of prompts is needed")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         jobs = self._submit(prompts, each)
         for _ in self._run(jobs):
             pass
-        return [job.output for job in jobs.values()]
+        return [job.output for job in jobs]
 
     def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[Output]:  # noqa: B008
-        """One Output per step with what is new in it; the last one has the finish_reason. Leaving early aborts."""
+        """One Output per step with what is new in it; the last one has the finish_reason. Leaving early aborts.
+
+        Streams may be read in turns, and `generate` called meanwhile.
+        """
         yield from self._run(self._submit([prompt], [params]))
 
-    def _submit(self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams]) -> "dict[str, _Job]":
-        jobs: dict[str, _Job] = {}
+    def _submit(self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams]) -> "list[_Job]":
+        jobs: list[_Job] = []
         try:
             for prompt, sampling in zip(prompts, params, strict=True):
                 request_id = f"llm-{next(self._request_ids)}"
                 token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 self.engine.add(Generate(request_id, token_ids, sampling))
-                jobs[request_id] = _Job(Output(), Detokenizer(self.tokenizer, sampling))
+                jobs.append(_Job(request_id, Detokenizer(self.tokenizer, sampling)))
         except InvalidRequest:
-            self._abort(jobs)
+            self._end(jobs)
             raise
+        self._jobs |= {job.request_id: job for job in jobs}
         return jobs
 
-    def _run(self, jobs: "dict[str, _Job]") -> Iterator[Output]:
-        """Step until every job has ended, yielding what each step added."""
-        pending = set(jobs)
+    def _run(self, jobs: "list[_Job]") -> Iterator[Output]:
+        """Step until all these jobs have ended, yielding what each step added to them."""
         try:
-            while pending:
-                for message in self.engine.step():
-                    if message.request_id not in pending:
-                        continue
-                    delta = jobs[message.request_id].take(message)
-                    if delta.finish_reason is not None:
-                        pending.discard(message.request_id)
-                        self.engine.abort(message.request_id)  # it still runs if a stop string ended it
-                    yield delta
+            while any(job.deltas or not job.has_ended for job in jobs):
+                for job in jobs:
+                    while job.deltas:
+                        yield job.deltas.popleft()
+                if not all(job.has_ended for job in jobs):
+                    self._step()
         finally:
-            self._abort(pending)
+            self._end(jobs)
 
-    def _abort(self, request_ids: "set[str] | dict[str, _Job]") -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)
+    def _step(self) -> None:
+        """One engine step; every output goes to its job, whoever reads it."""
+        for message in self.engine.step():
+            job = self._jobs[message.request_id]
+            job.take(message)
+            if job.has_ended:
+                self._end([job])  # the engine still runs it if a stop string ended it
+
+    def _end(self, jobs: "Sequence[_Job]") -> None:
+        for job in jobs:
+            self.engine.abort(job.request_id)
+            self._jobs.pop(job.request_id, None)
 
 
 @dataclass
 class _Job:
-    output: Output
-    detokenizer: Detokenizer
+    """One prompt on its way: the whole output so far, and the parts that nobody has read yet."""
 
-    def take(self, message: TokenOutput) -> Output:
-        """Add a step's tokens, cut at the first stop string, to the output; returns what was added."""
+    request_id: str
+    detokenizer: Detokenizer
+    output: Output = field(default_factory=Output)
+    deltas: deque[Output] = field(default_factory=deque)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def take(self, message: TokenOutput) -> None:
+        """Add a step's tokens, cut at the first stop string."""
         num_before = self.detokenizer.num_used
         text = self.detokenizer.push(message.token_ids, ends_with_stop_token=message.finish_reason == FINISH_STOP)
         finish_reason = message.finish_reason
-        if self.detokenizer.stop_match is None and finish_reason is not None:
+        if finish_reason is not None:
             text += self.detokenizer.finish()
         if self.detokenizer.stop_match is not None:
             finish_reason = FINISH_STOP
         num_new = self.detokenizer.num_used - num_before
+        num_cut = len(message.token_ids) - num_new
         delta = Output(
             token_ids=message.token_ids[:num_new],
             text=text,
@@ -128,10 +150,10 @@ class _Job:
             logprobs=message.logprobs[:num_new],
             num_steps=message.num_steps,
             num_proposed=message.num_proposed,
-            num_accepted=message.num_accepted,
+            num_accepted=message.num_accepted - max(0, num_cut - 1),  # the last of a step's tokens is no draft
         )
+        self.deltas.append(delta)
         self._add(delta)
-        return delta
 
     def _add(self, delta: Output) -> None:
         output = self.output

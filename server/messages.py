@@ -4,11 +4,29 @@ Plain dataclasses: `channel.py` encodes them with msgspec, and the offline engin
 ids, never text (stop strings ride along for the side that detokenises). No torch.
 """
 
+import math
 from dataclasses import dataclass, field
+
+from server.errors import InvalidRequest
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
+GREEDY_TEMPERATURE = 1e-5
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (1e-6, 1),
+    "top_k": (0, 2**31),
+    "min_p": (0, 1),
+    "seed": (-(2**63), 2**63 - 1),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "repetition_penalty": (0.01, 100),
+    "min_tokens": (0, 2**31),
+    "max_tokens": (1, 2**63 - 1),
+    "logprobs": (0, 2**31),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +34,10 @@ class SamplingParams:
     """How one request draws its tokens; the same settings give the same law with and without speculation.
 
     Order of the transforms on float32 logits: min_tokens mask, logit_bias, repetition then frequency and presence
-    penalty, temperature, top_k, top_p, min_p. `temperature` 0 is greedy. `top_k` 0 is off. `logprobs` None is off,
-    0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before every transform.
-    `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any mtp_step.
+    penalty, temperature, min_p, top_k, top_p. A `temperature` below 1e-5 is greedy. `top_k` 0 is off. `logprobs` None
+    is off, 0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before every
+    transform. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any
+    mtp_step.
     """
 
     temperature: float = 1.0
@@ -38,6 +57,26 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = None
     logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """The best token is taken; nothing is drawn."""
+        return self.temperature < GREEDY_TEMPERATURE
+
+    def check(self, vocab_size: int) -> None:
+        """Raise InvalidRequest, naming field, value and range, for what no law of sampling is defined for."""
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InvalidRequest(f"{name} is {value}, the range is {low}..{high}", name)
+        for name in ("stop_token_ids", "logit_bias"):
+            for token_id in getattr(self, name):
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequest(f"{name} has {token_id}, token ids lie in 0..{vocab_size - 1}", name)
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise InvalidRequest("logit_bias has a value that is not finite", "logit_bias")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InvalidRequest("stop must be a tuple of strings that are not empty", "stop")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.forward_batch import ForwardBatch
 from server.backend.request_table import RequestTable
-from server.router.scheduler import Batch
+from server.request import Batch
 
 
 def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:

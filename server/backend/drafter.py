@@ -13,7 +13,7 @@ from models.forward_batch import ForwardBatch
 from models.qwen3_5_mtp.model import Qwen35MTP
 from server.backend.batch import following_ids, last_indices
 from server.backend.sampler import Sampled, Sampler
-from server.router.scheduler import Batch
+from server.request import Batch
 
 
 class Drafter:

@@ -6,9 +6,8 @@ from models.cache import Cache
 from models.config import ModelConfig
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
-from server.config import EngineConfig
+from server.config import EngineConfig, Limits, lookahead
 from server.errors import ConfigError
-from server.router.scheduler import Limits
 
 DEFAULT_MAX_MODEL_LEN = 32768
 DEFAULT_MAX_TOTAL_TOKENS = 65536
@@ -31,12 +30,12 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> MemoryPlan:
             f"--max-model-len is {config.max_model_len}, the checkpoint was made for at most "
             f"{model.max_position_embeddings} positions"
         )
-    lookahead = 2 * config.mtp_step + 1
+    ahead = lookahead(config.mtp_step)
     longest = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if config.max_model_len is None and config.max_total_tokens is not None:
-        longest = max(1, min(longest, config.max_total_tokens - lookahead))
+        longest = max(1, min(longest, config.max_total_tokens - ahead))
     capacity = config.max_total_tokens or max(
-        longest + lookahead, min(config.max_running_requests * (longest + lookahead), DEFAULT_MAX_TOTAL_TOKENS)
+        longest + ahead, min(config.max_running_requests * (longest + ahead), DEFAULT_MAX_TOTAL_TOKENS)
     )
     limits = Limits(
         max_running_requests=config.max_running_requests,

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.cache import Cache
 from models.forward_batch import CacheView, ForwardBatch
 from server.messages import SamplingParams
-from server.router.request import Request
+from server.request import Request
 
 
 class RequestTable:
@@ -44,7 +44,7 @@ class RequestTable:
         self.seq_len[row] = self.accept_len[row] = 0
         counts = [len(request.prompt_ids), sampling.min_tokens, sampling.top_k, request.seed]
         self._counts[row] = torch.tensor(counts, device=self.device)
-        scales = [sampling.temperature, sampling.top_p, sampling.min_p]
+        scales = [0.0 if sampling.is_greedy else sampling.temperature, sampling.top_p, sampling.min_p]
         scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
         self._scales[row] = torch.tensor(scales, device=self.device)
         if has_penalty(sampling):

@@ -77,13 +77,14 @@ def _choose_device(name: str) -> str:
 def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
     name = model_config.dtype if name == "auto" else name
     if name not in DTYPES:
-        raise ConfigError(f"config.json: dtype {name!r} is not served, choose one with --dtype: {', '.join(DTYPES)}")
+        served = ", ".join(other for other in DTYPES if other != "float16")
+        raise ConfigError(f"config.json: dtype {name!r} is not served, choose one with --dtype: {served}")
     return DTYPES[name]
 
 
 def _count_chained_layers(config: EngineConfig, draft: Qwen35MTP) -> int:
     """MTP layers that draft: eagle recurses on the first one, vanilla chains them all."""
-    return 1 if config.mtp_mode == "eagle" else draft.num_layers
+    return 1 if config.mtp_mode == "eagle" else min(draft.num_layers, config.mtp_step)
 
 
 def _allocate_cache(

@@ -15,8 +15,7 @@ from models.forward_batch import ForwardBatch
 from server.backend.batch import last_indices
 from server.backend.request_table import RequestTable, has_penalty
 from server.messages import TokenLogprobs
-from server.router.request import Request
-from server.router.scheduler import Batch
+from server.request import Batch, Request
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Sampler:
             if num_top is None or accept_lens[index] == 0:
                 results.append([])
                 continue
+            num_top = min(num_top, sampled.logits.shape[-1])
             parts = compute_logprobs(sampled.logits[index, rows], sampled.token_ids[index, rows], num_top)
             results.append([TokenLogprobs(*values) for values in zip(*(part.tolist() for part in parts), strict=True)])
         return results
@@ -136,4 +136,4 @@ def _index(logits: Tensor, *columns: tuple[int, ...]) -> tuple[Tensor, ...]:
 def _is_plain_greedy(request: Request) -> bool:
     sampling = request.sampling
     has_rules = bool(sampling.min_tokens or sampling.logit_bias) or has_penalty(sampling)
-    return sampling.temperature == 0 and not has_rules
+    return sampling.is_greedy and not has_rules

@@ -7,48 +7,10 @@ One step may hold a prefill batch (chunks of several prompts, at most `chunked_p
 from collections import deque
 from dataclasses import dataclass, field
 
+from server.config import Limits
 from server.messages import TokenLogprobs, TokenOutput
+from server.request import Batch, Request
 from server.router.pages import Pool
-from server.router.request import Request
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests of one forward pass and the tokens each contributes. A verify batch runs T tokens of every request."""
-
-    requests: list[Request]
-    token_counts: list[int]
-    is_verify: bool
-
-    @property
-    def ends_any_prompt(self) -> bool:
-        """Some request of this pass gets a token."""
-        return any(self.ends_prompt(index) for index in range(len(self.requests)))
-
-    def ends_prompt(self, index: int) -> bool:
-        """This pass gives the request's next token: a verify step, or the last chunk of a prefill."""
-        request = self.requests[index]
-        return self.is_verify or request.num_computed + self.token_counts[index] == request.num_known
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes the scheduler plans with; `mtp_step` is K."""
-
-    max_running_requests: int
-    chunked_prefill_size: int
-    page_size: int
-    num_pages: int
-    mtp_step: int
-
-    @property
-    def lookahead(self) -> int:
-        """Positions past the committed ones that a decode step may write: T verify rows, then K - 1 draft rows."""
-        return 2 * self.mtp_step + 1
-
-    def pages_for(self, num_tokens: int) -> int:
-        """Pages of a request that may write `lookahead` positions after num_tokens committed ones."""
-        return -(-(num_tokens + self.lookahead) // self.page_size)
 
 
 @dataclass
@@ -114,8 +76,7 @@ class Scheduler:
         outputs = []
         for index, (request, accept_len) in enumerate(zip(batch.requests, accept_lens, strict=True)):
             request.num_computed += accept_len if batch.is_verify else batch.token_counts[index]
-            if not batch.is_verify:
-                self.counters.num_prompt_tokens += batch.token_counts[index]
+            self.counters.num_prompt_tokens += request.count_prompt()
             if accept_len == 0:
                 continue
             request.is_decoding = True
@@ -156,12 +117,16 @@ class Scheduler:
         while self.waiting and self.rows.num_free:
             request = self.waiting[0]
             needed = self.limits.pages_for(request.num_known)
-            if needed > self.pages.num_free:
+            if needed + self._num_pages_kept_free() > self.pages.num_free:
                 return
             self.waiting.popleft()
             request.row = self.rows.take(1)[0]
             request.pages = self.pages.take(needed)
             self.running.append(request)
+
+    def _num_pages_kept_free(self) -> int:
+        """What the running requests may need at their next step: who is admitted now should not be preempted then."""
+        return len(self.running) * -(-(self.limits.mtp_step + 1) // self.limits.page_size)
 
     def _cut_chunks(self) -> Batch:
         budget = self.limits.chunked_prefill_size

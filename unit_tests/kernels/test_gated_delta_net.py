@@ -12,6 +12,8 @@ from kernels.gated_delta_net import (
     VerifyPlace,
     gated_delta_net_verify,
     gated_delta_net_verify_torch,
+    split_heads,
+    split_projected,
 )
 from kernels.gated_delta_rule import DeltaRing, Fold
 
@@ -146,3 +148,24 @@ def test_without_a_library_the_law_serves(monkeypatch: pytest.MonkeyPatch) -> No
     place = make_place(memory, [3], [5], [1], 1)
     law = gated_delta_net_verify_torch(inputs, shape, weights, other, place)
     assert torch.equal(gated_delta_net_verify(inputs, shape, weights, memory, place), law)
+
+
+def test_the_projection_is_split_as_the_checkpoint_stacks_it() -> None:
+    """Rows qkv, z, b, a; q and k normed per head, q scaled by DK^-1/2."""
+    shape = SHAPES["grouped"]
+    weights = make_weights(shape, torch.float64)
+    size = channels(shape) + shape.value_heads * (shape.value_dim + 2)
+    projected = torch.randn(2, 3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    qkv, z, log_alpha, beta = split_projected(projected, shape, weights)
+    value_size = shape.value_heads * shape.value_dim
+    assert torch.equal(z.flatten(2), projected[..., channels(shape) : channels(shape) + value_size])
+    b, a = projected[..., -2 * shape.value_heads :].chunk(2, dim=-1)
+    torch.testing.assert_close(beta, 1 / (1 + (-b).exp()))
+    torch.testing.assert_close(log_alpha, -weights.a_log.exp() * (1 + (a + weights.dt_bias).exp()).log())
+    q, k, v = split_heads(qkv, shape)
+    key_size = shape.key_heads * shape.key_dim
+    raw = qkv[..., :key_size].unflatten(-1, (shape.key_heads, shape.key_dim))
+    torch.testing.assert_close(q.norm(dim=-1), torch.full_like(q[..., 0], shape.key_dim**-0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones_like(k[..., 0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(q / q.norm(dim=-1, keepdim=True), raw / raw.norm(dim=-1, keepdim=True))
+    assert torch.equal(v.flatten(2), qkv[..., 2 * key_size :])

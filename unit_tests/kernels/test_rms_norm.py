@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.rms_norm import gated_rms_norm, l2_norm, rms_norm
+from kernels.rms_norm import gated_rms_norm, l2_norm, rms_norm, rms_norm_torch
 
 EPS = 1e-6
 
@@ -58,3 +58,14 @@ def test_a_zero_vector_stays_finite():
     zero = torch.zeros(2, 4)
     assert torch.equal(rms_norm(zero, torch.ones(4), EPS), zero)
     assert torch.equal(l2_norm(zero), zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@torch.inference_mode()
+def test_the_cpu_kernel_equals_the_law_and_no_row_depends_on_others(dtype):
+    x = torch.randn(9, 3, 37, generator=torch.Generator().manual_seed(4)).to(dtype)[:, ::2]
+    scale = torch.randn(37, generator=torch.Generator().manual_seed(5)).to(torch.promote_types(dtype, torch.float32))
+    out = rms_norm(x, scale, 1e-6)
+    torch.testing.assert_close(out, rms_norm_torch(x, scale, 1e-6))
+    assert out.dtype == dtype
+    assert all(torch.equal(rms_norm(x[i : i + 1], scale, 1e-6)[0], out[i]) for i in range(9))

@@ -217,3 +217,32 @@ def test_logprobs_are_those_of_the_whole_softmax():
         best = sorted(range(12), key=lambda token: -logprobs[token])[:3]
         assert top_ids[row].tolist() == best
         assert top_values[row].tolist() == pytest.approx([logprobs[token] for token in best])
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(5, 1.0, 0.0), (0, 1e-6, 0.0), (0, 0.9, 1.0), (3, 1e-6, 1.0)])
+def test_extreme_settings_draw_a_token_that_is_kept_in_float32(temperature, top_k, top_p, min_p):
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 20
+    column = torch.full((4,), 1.0)
+    tokens = draw(
+        logits,
+        temperature=column * temperature,
+        top_k=torch.full((4,), top_k),
+        top_p=column * top_p,
+        min_p=column * min_p,
+        seeds=torch.arange(4),
+        positions=torch.arange(4),
+    )
+    assert ((tokens >= 0) & (tokens < 50)).all()
+    if top_p < 0.1 or min_p == 1.0:
+        assert tokens.tolist() == logits.argmax(-1).tolist()
+
+
+def test_the_only_token_that_is_kept_is_drawn_whatever_the_noise():
+    """At this seed and position the token's uniform bits are the largest there are."""
+    logits = torch.full((1, 16), -10.0)
+    logits[0, 13] = 10.0
+    one, zero = torch.ones(1), torch.zeros(1)
+    where = {"seeds": torch.tensor([4]), "positions": torch.tensor([300762])}
+    token = draw(logits, temperature=one, top_k=torch.tensor([1]), top_p=one, min_p=zero, **where)
+    assert token.tolist() == [13]

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -66,3 +67,45 @@ def test_the_offline_engine_needs_neither_fastapi_nor_zeromq() -> None:
     code = "import sys, server.llm; print([m for m in ('fastapi', 'zmq', 'uvicorn', 'msgspec') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_streams_may_be_read_in_turns_and_generate_called_meanwhile(llm: LLM) -> None:
+    prompts = ["one", "two", "three"]
+    expected = [output.text for output in llm.generate(prompts, GREEDY)]
+    texts = ["", ""]
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts[:2]]
+    for deltas in itertools.zip_longest(*streams):
+        for index, delta in enumerate(deltas):
+            texts[index] += delta.text if delta else ""
+        assert llm.generate(prompts[2:], GREEDY)[0].text == expected[2]
+    assert texts == expected[:2] and not llm.engine.has_work()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1e-50},
+        {"max_tokens": 0},
+        {"logprobs": -1},
+        {"seed": 2**63},
+        {"repetition_penalty": 1e-46},
+        {"logit_bias": {100_000: 1.0}},
+        {"stop_token_ids": (-1,)},
+        {"stop": "ab"},
+        {"stop": ("",)},
+    ],
+)
+def test_settings_without_a_law_are_refused_by_name(llm: LLM, settings: dict[str, object]) -> None:
+    (name,) = settings
+    with pytest.raises(InvalidRequest, match=name):
+        llm.generate(["abc"], SamplingParams(**settings))  # type: ignore[arg-type]
+    assert not llm.engine.has_work()
+
+
+def test_drafts_behind_a_stop_string_are_not_counted(llm: LLM) -> None:
+    bias = SamplingParams(temperature=0, max_tokens=12, logit_bias={ord("x"): 50.0}, stop=("xx",))
+    output = llm.generate(["abc"], bias)[0]
+    assert len(output.token_ids) == 2 and output.num_accepted <= len(output.token_ids)

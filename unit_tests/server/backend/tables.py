@@ -8,7 +8,7 @@ from models.cache import Cache, GDNCache, KVCache
 from models.config import parse_config
 from server.backend.request_table import RequestTable
 from server.messages import Generate, SamplingParams
-from server.router.request import Request
+from server.request import Request
 from unit_tests.checkpoints import make_config
 
 VOCAB_SIZE = 20

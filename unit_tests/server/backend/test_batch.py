@@ -3,8 +3,7 @@
 import torch
 
 from server.backend.batch import build_forward_batch, following_ids, last_indices
-from server.router.request import Request
-from server.router.scheduler import Batch
+from server.request import Batch, Request
 from unit_tests.server.backend.tables import make_request, make_table
 
 

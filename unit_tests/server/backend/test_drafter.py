@@ -19,7 +19,7 @@ from models.qwen3_5.model import Qwen35
 from server.backend.runner import Runner
 from server.engine import Engine
 from server.messages import Generate, SamplingParams
-from server.router.request import Request
+from server.request import Request
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.models.cached_run import CachedRun
 from unit_tests.server.engines import make_engine, make_prompts

@@ -10,7 +10,7 @@ import torch
 from models.forward_batch import ForwardBatch
 from server.backend.request_table import RequestTable, has_penalty
 from server.messages import Generate, SamplingParams
-from server.router.request import Request
+from server.request import Request
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.backend.tables import VOCAB_SIZE, make_request, make_table
 from unit_tests.server.engines import generate, make_engine, make_prompts

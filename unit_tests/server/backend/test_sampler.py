@@ -13,8 +13,7 @@ from kernels.sampling import draw
 from models.forward_batch import ForwardBatch
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampler
-from server.router.request import Request
-from server.router.scheduler import Batch
+from server.request import Batch, Request
 from unit_tests.server.backend.tables import VOCAB_SIZE, make_request, make_table
 
 EOS_IDS = (0, 1)

@@ -2,9 +2,10 @@ import random
 
 import pytest
 
+from server.config import Limits
 from server.messages import Generate, SamplingParams
-from server.router.request import Request
-from server.router.scheduler import Batch, Limits, Scheduler
+from server.request import Batch, Request
+from server.router.scheduler import Scheduler
 
 EOS = 99
 
@@ -157,3 +158,30 @@ def check_ownership(scheduler: Scheduler) -> None:
     for request in scheduler.running:
         assert len(request.pages) * limits.page_size >= request.num_computed + limits.mtp_step
     assert all(request.row is None and not request.pages for request in scheduler.waiting)
+
+
+def test_a_preempted_request_comes_back_before_those_that_waited_behind_it() -> None:
+    scheduler = make_scheduler(num_pages=11, chunked_prefill_size=64)
+    for name in ("old", "young", "later"):
+        scheduler.add(make_request(name, 14, max_tokens=40))
+    while not scheduler.counters.num_preemptions:
+        for batch in scheduler.schedule():
+            play(scheduler, batch, 3)
+    assert [request.id for request in scheduler.waiting] == ["young", "later"]
+
+
+def test_nobody_is_admitted_into_pages_that_the_next_step_needs() -> None:
+    scheduler = make_scheduler(num_pages=10, page_size=4, mtp_step=2, chunked_prefill_size=64)
+    scheduler.add(make_request("old", 19))  # 19 + 5 positions: 6 pages
+    scheduler.add(make_request("young", 11))  # 4 pages would fit, but old may need one more
+    assert [request.id for request in scheduler.schedule()[0].requests] == ["old"]
+
+
+def test_prompt_tokens_are_counted_once_although_preemption_computes_them_again() -> None:
+    scheduler = make_scheduler(num_pages=11, chunked_prefill_size=64)
+    for name in ("old", "young"):
+        scheduler.add(make_request(name, 15, max_tokens=20))
+    while scheduler.has_work():
+        for batch in scheduler.schedule():
+            play(scheduler, batch, 3)
+    assert scheduler.counters.num_preemptions and scheduler.counters.num_prompt_tokens == 30

@@ -3,7 +3,7 @@
 import pytest
 
 from server.messages import Generate, SamplingParams
-from server.router.request import Request
+from server.request import Request
 
 
 def make_request(prompt_len: int = 4, max_model_len: int = 20, **sampling: object) -> Request:

@@ -1,4 +1,4 @@
-"""One request on the host: its tokens, its place on the device and when it ends. No torch."""
+"""What router and backend both know: a request on the host, and the batch of requests of one pass. No torch."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ class Request:
     is_decoding: bool = False
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    num_prompt_counted: int = 0
     num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
@@ -63,6 +64,31 @@ class Request:
                 return token_ids[:count], FINISH_LENGTH
         return token_ids, None
 
+    def count_prompt(self) -> int:
+        """Prompt tokens computed for the first time since the last call (a preempted request computes them again)."""
+        num_new = max(0, min(self.num_computed, len(self.prompt_ids)) - self.num_prompt_counted)
+        self.num_prompt_counted += num_new
+        return num_new
+
     def forget_device_state(self) -> None:
         """Back to waiting: the tokens stay, the cache is gone."""
         self.row, self.pages, self.num_computed, self.is_decoding = None, [], 0, False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one forward pass and the tokens each contributes. A verify batch runs T tokens of every request."""
+
+    requests: list[Request]
+    token_counts: list[int]
+    is_verify: bool
+
+    @property
+    def ends_any_prompt(self) -> bool:
+        """Some request of this pass gets a token."""
+        return any(self.ends_prompt(index) for index in range(len(self.requests)))
+
+    def ends_prompt(self, index: int) -> bool:
+        """This pass gives the request's next token: a verify step, or the last chunk of a prefill."""
+        request = self.requests[index]
+        return self.is_verify or request.num_computed + self.token_counts[index] == request.num_known
