@@ -76,11 +76,11 @@ def _paged_attention_cpp(library: ctypes.CDLL, q: Tensor, kv: Tensor, page_table
     sizes = _Sizes(batch, num_tokens, q.shape[1], num_kv_heads, dim, num_pages, page_size, table.shape[1])
     getattr(library, _FUNCTIONS[kv.dtype])(
         ctypes.byref(sizes),
-        ctypes.c_void_p(inputs.data_ptr()),
-        ctypes.c_void_p(kv.data_ptr()),
-        ctypes.c_void_p(table.data_ptr()),
-        ctypes.c_void_p(positions.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
+        inputs.data_ptr(),
+        kv.data_ptr(),
+        table.data_ptr(),
+        positions.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads() if inputs.numel() * page_size >= _PARALLEL_ELEMENTS else 1,
     )
     return out.to(q.dtype)

@@ -148,14 +148,14 @@ def _verify_cpp(
     is_double = wide == torch.float64
     weight_class = _WeightsDouble if is_double else _WeightsFloat
     packed = weight_class(*(tensor.data_ptr() for tensor in weights[:4]), weights.eps)
-    function = library.gated_delta_net_verify_double if is_double else library.gated_delta_net_verify_float
+    function = library.gated_delta_net_verify_float64 if is_double else library.gated_delta_net_verify_float32
     work = num_rows * memory.state[0].numel()
     function(
         ctypes.byref(sizes),
         ctypes.byref(packed),
         ctypes.byref(pointers),
-        ctypes.c_void_p(inputs.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
+        inputs.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads() if work >= _PARALLEL_STATE_ELEMENTS else 1,
     )
     return out.to(projected.dtype)

@@ -3,7 +3,7 @@
 torch's own product is the law and serves every other case. N rows, `in` and `out` sizes.
 """
 
-import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.numel() <= MAX_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         library = load_library()
         if library is not None and weight.dtype in _FUNCTIONS and weight.is_contiguous():
-            return _linear_cpp(library, x, weight)
+            return _linear_cpp(getattr(library, _FUNCTIONS[weight.dtype]), x, weight)
     return F.linear(x, weight)
 
 
-def _linear_cpp(library: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _linear_cpp(function: Callable[..., None], x: Tensor, weight: Tensor) -> Tensor:
     out_size, in_size = weight.shape
-    inputs = x.to(wide).contiguous()
-    out = torch.empty(*x.shape[:-1], out_size, dtype=wide)
-    getattr(library, _FUNCTIONS[weight.dtype])(
-        ctypes.c_void_p(inputs.data_ptr()),
-        ctypes.c_void_p(weight.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(inputs.numel() // in_size),
-        ctypes.c_int64(in_size),
-        ctypes.c_int64(out_size),
-        torch.get_num_threads() if weight.numel() >= _PARALLEL_ELEMENTS else 1,
-    )
+    inputs = (x.float() if x.dtype == torch.bfloat16 else x).contiguous()
+    out = torch.empty(*x.shape[:-1], out_size, dtype=inputs.dtype)
+    num_threads = torch.get_num_threads() if weight.numel() >= _PARALLEL_ELEMENTS else 1
+    pointers = inputs.data_ptr(), weight.data_ptr(), out.data_ptr()
+    function(*pointers, inputs.numel() // in_size, in_size, out_size, num_threads)
     return out.to(x.dtype)

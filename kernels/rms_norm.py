@@ -1,6 +1,6 @@
 """RMSNorm and the gated RMSNorm of the delta-net layer. Source: Qwen3.5 (zero-centred weights, kept as 1 + w)."""
 
-import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         library = load_library()
         if library is not None:
-            return _rms_norm_cpp(library, x, scale, eps)
+            return _rms_norm_cpp(getattr(library, _FUNCTIONS[scale.dtype]), x, scale, eps)
     return rms_norm_torch(x, scale, eps)
 
 
@@ -43,15 +43,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
-def _rms_norm_cpp(library: ctypes.CDLL, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _rms_norm_cpp(function: Callable[..., None], x: Tensor, scale: Tensor, eps: float) -> Tensor:
     inputs = x.to(scale.dtype).contiguous()
-    out = torch.empty_like(inputs)
-    getattr(library, _FUNCTIONS[scale.dtype])(
-        ctypes.c_void_p(inputs.data_ptr()),
-        ctypes.c_void_p(scale.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(inputs.numel() // max(1, len(scale))),
-        ctypes.c_int64(len(scale)),
-        ctypes.c_double(eps),
-    )
+    out, size = torch.empty_like(inputs), scale.numel()
+    function(inputs.data_ptr(), scale.data_ptr(), out.data_ptr(), inputs.numel() // size, size, eps)
     return out.to(x.dtype)

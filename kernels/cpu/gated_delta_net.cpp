@@ -179,12 +179,12 @@ void verify(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const F* pr
 }  // namespace
 
 // All pointers as in kernels/gated_delta_net.py; ring lengths are powers of two.
-extern "C" void gated_delta_net_verify_float(const Sizes* n, const Weights<float>* w, const Memory<float>* m,
+extern "C" void gated_delta_net_verify_float32(const Sizes* n, const Weights<float>* w, const Memory<float>* m,
                                              const float* projected, float* out, int num_threads) {
     verify(*n, *w, *m, projected, out, num_threads);
 }
 
-extern "C" void gated_delta_net_verify_double(const Sizes* n, const Weights<double>* w, const Memory<double>* m,
+extern "C" void gated_delta_net_verify_float64(const Sizes* n, const Weights<double>* w, const Memory<double>* m,
                                               const double* projected, double* out, int num_threads) {
     verify(*n, *w, *m, projected, out, num_threads);
 }

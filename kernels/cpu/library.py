@@ -20,11 +20,21 @@ _FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fPIC", "-shared", "-fopenmp"),
 )
+_POINTER, _SIZE, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+_SIGNATURES = {
+    "linear": ((*[_POINTER] * 3, *[_SIZE] * 3, _COUNT), ("bfloat16", "float32", "float64")),
+    "attention": ((*[_POINTER] * 6, _COUNT), ("bfloat16", "float32", "float64")),
+    "rms_norm": ((*[_POINTER] * 3, _SIZE, _SIZE, _REAL), ("float32", "float64")),
+    "gated_delta_net_verify": ((*[_POINTER] * 5, _COUNT), ("float32", "float64")),
+}
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The library, built if this machine has not built these sources yet; None where that is not possible."""
+    """The library, built if this machine has not built these sources yet; None where that is not possible.
+
+    Functions are named `op_dtype` and take addresses and sizes as plain integers.
+    """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         logger.warning("no g++ or clang++ found: CPU decoding stays on the slower torch version of the GDN step")
@@ -33,11 +43,18 @@ def load_library() -> ctypes.CDLL | None:
     try:
         if not path.exists():
             _build(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _declare(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("the CPU kernels could not be built, decoding stays on the torch version: %s", detail)
         return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (arguments, dtypes) in _SIGNATURES.items():
+        for dtype in dtypes:
+            getattr(library, f"{name}_{dtype}").argtypes = arguments
+    return library
 
 
 def _build(compiler: str, path: Path) -> None:

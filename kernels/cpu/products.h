@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -64,6 +65,7 @@ V halve(V a, V b, std::integer_sequence<int, J...>) {
 template <int W, int L, typename V>
 void add_lanes(V* v) {
     if constexpr (W > 1) {
+#pragma GCC unroll 8
         for (int i = 0; i < W / 2; ++i) v[i] = halve<W>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, L>());
         add_lanes<W / 2, L>(v);
     }
@@ -78,20 +80,26 @@ void multiply_tile(const F* x, const W* weight, F* y, int64_t K, int64_t stride,
     int64_t k = 0;
     for (; k + L <= K; k += L) {
         V w[COLS];
+#pragma GCC unroll 4
         for (int c = 0; c < COLS; ++c) w[c] = load(weight + c * stride + k);
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
             const V a = load(x + r * K + k);
+#pragma GCC unroll 4
             for (int c = 0; c < COLS; ++c) sums[r * COLS + c] += a * w[c];
         }
     }
-    for (int first = 0; first < SUMS; first += L) add_lanes<L, L>(sums + first);
-    for (int r = 0; r < ROWS; ++r)
-        for (int c = 0; c < COLS; ++c) {
-            const int i = r * COLS + c;
-            F sum = sums[i / L * L][i % L];
-            for (int64_t rest = k; rest < K; ++rest) sum += x[r * K + rest] * widen(weight[c * stride + rest]);
-            y[r * N + c] = sum;
-        }
+    F totals[SUMS];
+#pragma GCC unroll 4
+    for (int first = 0; first < SUMS; first += L) {
+        add_lanes<L, L>(sums + first);
+        std::memcpy(totals + first, sums + first, sizeof(V));
+    }
+    for (; k < K; ++k)
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < COLS; ++c)  // fma by name: the compiler must not choose per tile
+                totals[r * COLS + c] = std::fma(x[r * K + k], F(widen(weight[c * stride + k])), totals[r * COLS + c]);
+    for (int r = 0; r < ROWS; ++r) std::memcpy(y + r * N, totals + r * COLS, COLS * sizeof(F));
 }
 
 // The same for any number of rows.
