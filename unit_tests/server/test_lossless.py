@@ -66,7 +66,7 @@ def test_greedy_tokens_survive_preemption_and_aborts_at_every_depth_and_chunk_si
         chunked_prefill_size=chunk_size,
         max_running_requests=32,
         max_model_len=160,
-        max_total_tokens=560,
+        max_total_tokens=320,
         page_size=8,
     )
     assert serve_with_aborts(engine, PROMPTS, GREEDY) == plain(GREEDY)
@@ -77,7 +77,7 @@ def test_greedy_tokens_survive_preemption_and_aborts_at_every_depth_and_chunk_si
 def test_preempted_requests_continue_with_the_same_tokens(
     checkpoint: Path, plain: Callable[[SamplingParams], list[list[int]]], mtp_step: int
 ) -> None:
-    engine = make_engine(checkpoint, mtp_step=mtp_step, max_model_len=160, max_total_tokens=320, page_size=4)
+    engine = make_engine(checkpoint, mtp_step=mtp_step, max_model_len=160, max_total_tokens=200, page_size=4)
     prompts, params = PROMPTS[:NUM_SEEDED], [GREEDY, SEEDED] * (NUM_SEEDED // 2)
     expected = [plain(one)[index] for index, one in enumerate(params)]
     assert generate(engine, prompts, params) == expected
