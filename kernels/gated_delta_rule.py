@@ -67,12 +67,11 @@ def gated_delta_rule_prefill(
     0, because nothing is left to fold.
     """
     recorded = _read_ring(ring, fold, v.shape[2])
-    outs = []
-    for rows, members in fold.groups:
-        current = _fold(state[rows], recorded, members)
-        out, current[:] = _run_chunks(q[members], k[members], v[members], log_alpha[members], beta[members], current)
-        outs.append(out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    for group, members in fold.groups:
+        _fold(state[group], recorded, members)
+    rows = [row for group, _ in fold.groups for row in range(group.start, group.stop)]
+    out, state[rows] = _run_chunks(q, k, v, log_alpha, beta, state[rows])
+    return out
 
 
 def gated_delta_rule_verify(

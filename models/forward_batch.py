@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,15 +33,14 @@ class CacheView:
     num_fold: int
     folds_all: bool
 
-    def select(self, index: int) -> "CacheView":
-        """The view of one request alone."""
-        one = slice(index, index + 1)
+    def select(self, some: slice) -> "CacheView":
+        """The view of some of the requests."""
         return replace(
             self,
-            rows=self.rows[one],
-            start_lens=self.start_lens[one],
-            accept_lens=self.accept_lens[one],
-            page_table=self.page_table[one],
+            rows=self.rows[some],
+            start_lens=self.start_lens[some],
+            accept_lens=self.accept_lens[some],
+            page_table=self.page_table[some],
         )
 
     @cached_property
@@ -114,15 +114,16 @@ class ForwardBatch:
 
     @cached_property
     def parts(self) -> "list[tuple[slice, ForwardBatch]]":
-        """Sub-batches in which all requests have equally many tokens, with their slices of the N tokens."""
+        """Runs of requests with equally many tokens as batches of their own, with their slices of the N tokens."""
         if len(set(self.query_lens)) == 1:
             return [(slice(None), self)]
-        parts, start = [], 0
-        for index, length in enumerate(self.query_lens):
-            span = slice(start, start + length)
-            view = None if self.view is None else self.view.select(index)
-            parts.append((span, ForwardBatch(self.token_ids[span], self.positions[span], (length,), view)))
-            start += length
+        parts, request, token = [], 0, 0
+        for length, run in groupby(self.query_lens):
+            count = len(list(run))
+            span = slice(token, token + count * length)
+            view = None if self.view is None else self.view.select(slice(request, request + count))
+            parts.append((span, ForwardBatch(self.token_ids[span], self.positions[span], (length,) * count, view)))
+            request, token = request + count, span.stop
         return parts
 
     @cached_property
