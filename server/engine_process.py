@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
+
+import tqdm
 
 from server.channel import SyncEnd
 from server.config import EngineConfig
@@ -54,6 +57,8 @@ def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: st
     Exits with code 1 on any failure.
     """
     _take_signals(_exit)
+    # The lock that tqdm would make is a semaphore of the system, which outlives a killed process.
+    tqdm.tqdm.set_lock(threading.RLock())
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     channel = SyncEnd(endpoint)
     try:

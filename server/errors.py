@@ -26,13 +26,6 @@ class InvalidRequest(TandemError):
     type = "BadRequestError"
 
 
-class Unauthorized(TandemError):
-    """The API key is missing or wrong."""
-
-    status = 401
-    type = "AuthenticationError"
-
-
 class NotFound(TandemError):
     """The model or route does not exist."""
 

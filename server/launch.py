@@ -119,10 +119,10 @@ async def _serve(
     signals: "_Signals",
     drain_timeout: float,
 ) -> int:
-    """Serve until a signal (returns 0) or until the engine has gone (returns 1)."""
+    """Serve until a signal (returns 0) or until the engine has gone (returns 1). Raises ConfigError if HTTP fails."""
     serving = asyncio.create_task(http.serve([listener]))
     delivering = asyncio.create_task(client.run())
-    await _first(signals.stop.wait(), engine.died.wait(), delivering)
+    await _first(signals.stop.wait(), engine.died.wait(), delivering, serving)
     if signals.stop.is_set():
         await _drain(client, signals, engine, drain_timeout)
     if engine.died.is_set():
@@ -132,8 +132,11 @@ async def _serve(
     if failed:
         log.error("stopping: %s", client.failure)
     http.should_exit = True
-    await serving
+    await asyncio.wait([serving])
     delivering.cancel()
+    failure = serving.exception()
+    if failure is not None:
+        raise ConfigError(f"the HTTP server failed: {failure}") from failure
     return 1 if failed else 0
 
 
@@ -181,11 +184,15 @@ def _set_up_log(level: str) -> None:
 
 
 def _bind(config: ServerConfig) -> socket.socket:
-    """A socket that has its port but does not listen yet. Raises ConfigError if the port is taken."""
+    """A socket that listens, so that nobody else can take the port while the model loads. Raises ConfigError.
+
+    Clients that come early wait until the server is ready.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen()  # a second server can bind the port too, but not listen on it
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on --host {config.host} --port {config.port}: {error.strerror}") from error

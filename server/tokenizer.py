@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -29,6 +30,8 @@ _RENDER_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
+# Template variables that are fields of a request: one that set them twice would say two things.
+_RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -39,21 +42,18 @@ class Tokenizer:
         path = Path(directory)
         self._tokenizer = _load_tokenizer(path / "tokenizer.json")
         config = _load_json(path / "tokenizer_config.json")
-        self._named_tokens = {name: _token_text(config[name]) for name in _NAMED_TOKENS if config.get(name)}
+        self._named_tokens = {name: _token_text(path, name, config[name]) for name in _NAMED_TOKENS if config.get(name)}
         self._template = _compile_template(_find_template(path, config))
         self._byte_of_char = _byte_of_char()
         self._bytes_of_token: dict[int, bytes] = {}
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise CheckpointError(f"{path / 'tokenizer.json'} has no tokens")
         self.vocab_size = len(vocab)
         # Characters of text that one token can stand for, at most (a token's bytes are never fewer).
         self.longest_token_len = max(map(len, vocab))
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` can work."""
-        return self._template is not None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -83,19 +83,23 @@ class Tokenizer:
         return found
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The prompt text of a conversation; `kwargs` are further template variables. Raises InvalidRequest."""
+        """The prompt text of a conversation; `variables` are further ones for the template. Raises InvalidRequest."""
         if self._template is None:
             raise InvalidRequest("this checkpoint has no chat template; use /v1/completions", param="messages")
-        variables = {
-            **self._named_tokens,
-            **kwargs,
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        reserved = next((name for name in _RESERVED_VARIABLES if name in variables), None)
+        if reserved is not None:
+            raise InvalidRequest(
+                f"chat_template_kwargs sets {reserved}, which is a field of the request itself; set that",
+                "chat_template_kwargs",
+            )
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(variables)
+            return self._template.render({**self._named_tokens, **variables, **own})
         except _RENDER_ERRORS as error:
             raise InvalidRequest(f"the chat template refused the messages: {str(error)[:200]}", "messages") from error
 
@@ -248,7 +252,10 @@ def _load_tokenizer(path: Path) -> tokenizers.Tokenizer:
         name = found.get("type") if isinstance(found, dict) else found
         if name != kind:
             raise CheckpointError(f"{path} has a {part} of type {name}; only {kind} is served (Qwen3.5's kind)")
-    return tokenizers.Tokenizer.from_str(text)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for everything it cannot read
+        raise CheckpointError(f"{path} cannot be read by tokenizers: {error}") from error
 
 
 def _load_json(path: Path) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def _load_json(path: Path) -> dict[str, Any]:
 def _parse_object(path: Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, it must be a JSON object")
@@ -275,8 +282,14 @@ def _read_text(path: Path) -> str | None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _token_text(entry: str | dict[str, Any]) -> str:
-    return entry if isinstance(entry, str) else str(entry["content"])
+def _token_text(path: Path, name: str, entry: Any) -> str:
+    """A token's text: the entry itself, or its `content`."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'} has the {name} {str(entry)[:60]}, it must be a text or have a content"
+        )
+    return text
 
 
 def _find_template(path: Path, config: dict[str, Any]) -> str | None:
@@ -284,7 +297,13 @@ def _find_template(path: Path, config: dict[str, Any]) -> str | None:
     own_file = _read_text(path / "chat_template.jinja")
     found = config.get("chat_template") if own_file is None else own_file
     if isinstance(found, list):
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template", named[0]) if named else None
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'} has the chat_template {str(found)[:60]}, it must be a text, or a list "
+            "with a text as the `template` of the entry named `default`"
+        )
     return found
 
 

@@ -240,7 +240,8 @@ def test_broad_excepts_stand_at_the_process_boundary_only():
                 node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
             ):
                 found.append(module_name(path))
-    assert set(found) <= {"server.engine_process"}
+    # tokenizers raises bare Exception for a broken file; it is renamed on the spot.
+    assert set(found) <= {"server.engine_process", "server.tokenizer"}
 
 
 @pytest.mark.parametrize(

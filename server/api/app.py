@@ -1,5 +1,6 @@
 """The HTTP routes. Each handler is a few lines; what they do is in the module named after the endpoint."""
 
+import importlib.metadata
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,12 +13,13 @@ from server.api.fields import shown
 from server.api.services import Services
 from server.errors import NotFound
 
-VERSION = "0.1.0"
+# What a checkout says that nobody has installed.
+_NO_VERSION = "0+checkout"
 
 
 def build_app(services: Services) -> FastAPI:
     """The application that serves `services`."""
-    app = FastAPI(title="Tandem", version=VERSION)
+    app = FastAPI(title="Tandem", version=_read_version())
     install_error_handlers(app)
     _add_generation_routes(app, services)
     _add_model_routes(app, services)
@@ -68,7 +70,14 @@ def _add_status_routes(app: FastAPI, services: Services) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         """The version of the server."""
-        return {"version": VERSION}
+        return {"version": app.version}
+
+
+def _read_version() -> str:
+    try:
+        return importlib.metadata.version("tandem")
+    except importlib.metadata.PackageNotFoundError:
+        return _NO_VERSION
 
 
 def _model_card(services: Services) -> dict[str, Any]:

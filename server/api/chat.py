@@ -9,7 +9,7 @@ from server.api.fields import Fields
 from server.api.generation import Choice, Delta, Job
 from server.api.logprobs import chat_logprobs
 from server.api.requests import read_stream, respond
-from server.api.sampling import MAX_CHOICES, MAX_LOGPROBS, read_max_tokens, read_sampling
+from server.api.sampling import MAX_CHOICES, Limits, read_max_tokens, read_num_logprobs, read_sampling
 from server.api.services import Services
 from server.errors import InvalidRequest
 from server.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def read_chat_job(fields: Fields, services: Services) -> Job:
     sampling = replace(
         read_sampling(fields, services.limits),
         max_tokens=read_max_tokens(fields, _MAX_TOKENS_NAMES, None, services.limits),
-        logprobs=_read_logprobs(fields),
+        logprobs=_read_logprobs(fields, services.limits),
     )
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     how = read_stream(fields)
@@ -87,9 +87,9 @@ def _chunk(index: int, message: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": message, "logprobs": None, "finish_reason": None}
 
 
-def _read_logprobs(fields: Fields) -> int | None:
+def _read_logprobs(fields: Fields, limits: Limits) -> int | None:
     wanted = fields.boolean("logprobs", False)
-    num_top = fields.integer("top_logprobs", 0, 0, MAX_LOGPROBS) or 0
+    num_top = read_num_logprobs(fields, "top_logprobs", limits) or 0
     if num_top and not wanted:
         raise InvalidRequest("top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
     return num_top if wanted else None

@@ -10,7 +10,7 @@ from server.api.generation import Choice, Delta, Job
 from server.api.logprobs import CompletionLogprobs, merge_completion_logprobs
 from server.api.prompts import MAX_PROMPTS
 from server.api.requests import read_stream, respond
-from server.api.sampling import MAX_CHOICES, MAX_LOGPROBS, read_max_tokens, read_sampling
+from server.api.sampling import MAX_CHOICES, read_max_tokens, read_num_logprobs, read_sampling
 from server.api.services import Services
 from server.errors import InvalidRequest
 from server.messages import SamplingParams
@@ -36,7 +36,7 @@ def read_completion_job(fields: Fields, services: Services) -> Job:
     sampling = replace(
         read_sampling(fields, limits),
         max_tokens=read_max_tokens(fields, ("max_tokens", "max_completion_tokens"), default, limits),
-        logprobs=fields.integer("logprobs", None, 0, MAX_LOGPROBS),
+        logprobs=read_num_logprobs(fields, "logprobs", limits),
     )
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     how = read_stream(fields)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from server import errors
-from server.errors import EngineDead, QueueFull, TandemError
+from server.errors import EngineDead, InvalidRequest, QueueFull, TandemError
 from server.messages import Abort, EngineStats, Fatal, Generate, Ready, Reply, Request, StepReport, TokenOutput
 
 log = logging.getLogger("tandem.api")
@@ -64,6 +64,11 @@ class EngineClient:
         """Raise what `submit` of `count` requests would raise now."""
         if self.failure is not None:
             raise self.failure
+        if count > self._max_requests:
+            raise InvalidRequest(
+                f"the request has {count} choices, the limit is {self._max_requests} (--max-queued-requests); "
+                "send fewer prompts or a smaller n"
+            )
         if self.num_in_flight + count > self._max_requests:
             raise QueueFull(
                 f"{self.num_in_flight} requests are in the server and {count} would join, the limit is "
@@ -71,7 +76,10 @@ class EngineClient:
             )
 
     def submit(self, requests: Sequence[Generate]) -> "Outputs":
-        """Start the requests; their outputs come mixed, in order of arrival. Raises QueueFull or EngineDead."""
+        """Start the requests; their outputs come mixed, in order of arrival.
+
+        Raises QueueFull, EngineDead, or InvalidRequest for more than can ever fit.
+        """
         self.check_room(len(requests))
         outputs = Outputs(self, [request.request_id for request in requests])
         for request in requests:

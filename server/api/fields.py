@@ -2,10 +2,15 @@
 
 Absent and null mean the default, unknown fields are never looked at, true is not 1 and "5" is not 5. Every mistake is
 an InvalidRequest. Knows JSON, not what the fields mean.
+
+A decoder holds the interpreter lock, and with it every stream, until its last object is made. So nothing here makes
+an object per entry of something the client may make as long as it likes: unknown fields and entries over a limit are
+skipped by the parser, large settings are refused undecoded.
 """
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,50 +20,68 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # A setting (everything but prompt and messages) is small; a large one is not decoded, so it cannot stall other streams.
 MAX_SETTING_BYTES = 256 * 1024
 _SHOWN_CHARS = 60
+_BODY = "the body"
 _NULL = b"null"
+_ABSENT = msgspec.Raw(b"")
+
+T = TypeVar("T")
+
+
+def known_fields(*names: str) -> type[msgspec.Struct]:
+    """A type of object for `Fields`: the fields that may be asked for. The others are skipped undecoded."""
+    return msgspec.defstruct("KnownFields", [(name, msgspec.Raw, _ABSENT) for name in names])
 
 
 class Fields:
-    """The fields of one JSON object, decoded when they are asked for. Raises InvalidRequest if `body` is not one."""
+    """The fields `known` of one JSON object, decoded when they are asked for. Raises InvalidRequest if it is not one.
 
-    def __init__(self, body: bytes):
-        self._raw = _decode_object(body)
+    `where` names the object in errors: "messages[3]", or "" for the request itself.
+    """
+
+    def __init__(self, known: type[msgspec.Struct], body: bytes, where: str = ""):
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
+        self._where = where
+        self._fields = decode_json(where or _BODY, body, known, "a JSON object")
+
+    def name(self, name: str) -> str:
+        """The field's full name, for errors."""
+        return f"{self._where}.{name}" if self._where else name
+
+    def raw(self, name: str) -> bytes:
+        """The field's JSON as it came, without spaces around it; empty when absent or null."""
+        raw = bytes(getattr(self._fields, name))
+        return b"" if raw == _NULL else raw
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
-        return self.raw(name) not in (b"", _NULL)
+        return self.raw(name) != b""
 
-    def raw(self, name: str) -> bytes:
-        """The field's JSON as it came, without leading spaces; empty when absent."""
-        return bytes(self._raw.get(name, b""))
-
-    def value(self, name: str, limit_bytes: int = MAX_SETTING_BYTES) -> Any:
-        """Any JSON value; None when absent."""
-        if name not in self._raw:
-            return None
-        raw = self._raw[name]
-        size = len(memoryview(raw))
-        if size > limit_bytes:
-            raise InvalidRequest(f"{name} has {size} bytes of JSON, the limit is {limit_bytes}", name)
-        try:
-            return msgspec.json.decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidRequest(f"{name} is not valid JSON: {error}", name) from error
+    def value(self, name: str) -> Any:
+        """Any JSON value of at most MAX_SETTING_BYTES; None when absent."""
+        raw = self.raw(name)
+        if len(raw) > MAX_SETTING_BYTES:
+            raise InvalidRequest(
+                f"{self.name(name)} has {len(raw)} bytes of JSON, the limit is {MAX_SETTING_BYTES}", self.name(name)
+            )
+        return decode_json(self.name(name), raw, object, "JSON") if raw else None
 
     def boolean(self, name: str, default: bool) -> bool:
         """true or false."""
         value = self.value(name)
-        return default if value is None else require_boolean(name, value)
+        return default if value is None else require_boolean(self.name(name), value)
 
     def integer(self, name: str, default: int | None, low: int = INT64_MIN, high: int = INT64_MAX) -> int | None:
         """A whole number in low..high."""
         value = self.value(name)
-        return default if value is None else require_integer(name, value, low, high)
+        return default if value is None else require_integer(self.name(name), value, low, high)
 
-    def number(self, name: str, default: float, low: float, high: float, open_low: bool = False) -> float:
-        """A finite number in low..high; without `low` itself if `open_low`."""
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A finite number in low..high."""
         value = self.value(name)
-        return default if value is None else require_number(name, value, low, high, open_low)
+        return default if value is None else require_number(self.name(name), value, low, high)
 
     def text(self, name: str, default: str) -> str:
         """A string."""
@@ -66,7 +89,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise _mistake(name, value, "a string")
+            raise _mistake(self.name(name), value, "a string")
         return value
 
     def items(self, name: str, max_items: int) -> list[Any]:
@@ -75,9 +98,11 @@ class Fields:
         if value is None:
             return []
         if not isinstance(value, list):
-            raise _mistake(name, value, "a list")
+            raise _mistake(self.name(name), value, "a list")
         if len(value) > max_items:
-            raise InvalidRequest(f"{name} has {len(value)} entries, the limit is {max_items}", name)
+            raise InvalidRequest(
+                f"{self.name(name)} has {len(value)} entries, the limit is {max_items}", self.name(name)
+            )
         return value
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -86,8 +111,30 @@ class Fields:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise _mistake(name, value, "an object")
+            raise _mistake(self.name(name), value, "an object")
         return value
+
+
+def decode_json(name: str, raw: bytes, kind: type[T], rule: str) -> T:
+    """`raw` as a value of the type `kind`, which `rule` describes in errors. Raises InvalidRequest."""
+    param = None if name == _BODY else name
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be {rule}: {error}", param) from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"{name} is not valid JSON: {error}", param) from error
+    except RecursionError as error:
+        raise InvalidRequest(f"{name} is nested too deeply; a request has a few levels", param) from error
+
+
+def split_list(name: str, raw: bytes, max_items: int) -> list[bytes]:
+    """The undecoded entries of a JSON list. Raises InvalidRequest for a list of more than `max_items`."""
+    prefix = decode_json(name, raw or _NULL, _prefix_type(max_items + 1), "a list")
+    items = [bytes(item) for item in msgspec.structs.astuple(prefix) if item is not _ABSENT]
+    if len(items) > max_items:
+        raise InvalidRequest(f"{name} has more than {max_items} entries, which is the limit", name)
+    return items
 
 
 def require_boolean(name: str, value: Any) -> bool:
@@ -106,12 +153,12 @@ def require_integer(name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
-def require_number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    """`value` as a float if it is a number in low..high (without `low` if `open_low`), else InvalidRequest."""
+def require_number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float if it is a number in low..high, else InvalidRequest."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _mistake(name, value, "a number")
-    if not low <= value <= high or (open_low and value == low):
-        raise _mistake(name, value, f"in {'(' if open_low else '['}{low:g}, {high:g}]")
+    if not low <= value <= high:
+        raise _mistake(name, value, f"in [{low:g}, {high:g}]")
     return float(value)
 
 
@@ -124,20 +171,16 @@ def shown(value: Any) -> str:
     return msgspec.json.encode(value).decode()[:_SHOWN_CHARS]
 
 
+def shown_json(raw: bytes) -> str:
+    """Undecoded JSON as an error message shows it; nothing is null."""
+    text = raw[:_SHOWN_CHARS].decode("utf-8", errors="replace") or "null"
+    return text if len(raw) <= _SHOWN_CHARS else f"{text}... ({len(raw)} bytes)"
+
+
 def _mistake(name: str, value: Any, rule: str) -> InvalidRequest:
     return InvalidRequest(f"{name} is {shown(value)}, it must be {rule}", name)
 
 
-def _decode_object(body: bytes) -> dict[str, msgspec.Raw]:
-    try:
-        body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
-    try:
-        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the body must be a JSON object: {error}") from error
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply; a request has a few levels") from error
+@functools.cache
+def _prefix_type(length: int) -> type[msgspec.Struct]:
+    return msgspec.defstruct("Prefix", [(f"item{i}", msgspec.Raw, _ABSENT) for i in range(length)], array_like=True)

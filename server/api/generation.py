@@ -47,7 +47,7 @@ class Choice:
         self._clock = clock
         self.index = index
         self.num_accepted = 0
-        self.num_rejected = 0
+        self.num_proposed = 0
         self.finish_reason: str | None = None
 
     @property
@@ -63,9 +63,8 @@ class Choice:
             text += detokenizer.finish()
         matched = detokenizer.stop_match
         self.finish_reason = output.finish_reason if matched is None else FINISH_STOP
-        self.num_accepted = output.num_accepted
-        self.num_rejected = output.num_proposed - output.num_accepted
         num_new = self.num_tokens - num_before
+        self._count_drafts(output, num_new, was_cut=matched is not None)
         self._clock.count_tokens(num_new)
         if self.finish_reason is not None:
             self._clock.end(self.finish_reason)
@@ -73,6 +72,14 @@ class Choice:
         return Delta(
             self.index, text, output.token_ids[:num_new], output.logprobs[:num_new], self.finish_reason, stop_reason
         )
+
+    def _count_drafts(self, output: TokenOutput, num_new: int, was_cut: bool) -> None:
+        """A step that a stop string cut counts as the engine counts one that it ends itself: up to its last token."""
+        num_accepted, num_proposed = output.num_accepted, output.num_proposed
+        if was_cut:
+            num_accepted = self.num_accepted + min(num_new, num_accepted - self.num_accepted)
+            num_proposed = self.num_proposed + min(num_new, num_proposed - self.num_proposed)
+        self.num_accepted, self.num_proposed = num_accepted, num_proposed
 
     def close(self) -> None:
         """The request is over; a choice without a finish reason was aborted."""
@@ -96,32 +103,34 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Everything that is generated, the choices mixed. Closing it early aborts what still runs.
 
-        Raises QueueFull or EngineDead, and InvalidRequest if the engine refuses the request.
+        Raises what `EngineClient.submit` raises, and InvalidRequest if the engine refuses the request.
         """
-        try:
-            with self._client.submit(self._requests()) as outputs:
+        with self._client.submit(self._requests()) as outputs:
+            try:
                 async for output in outputs:
                     choice = self.choices[int(output.request_id.rpartition("-")[2])]
                     delta = choice.take(output)
                     if delta.finish_reason is not None and output.finish_reason is None:
                         outputs.abort(output.request_id)
                     yield delta
-        finally:
-            for choice in self.choices:
-                choice.close()
+            finally:
+                for choice in self.choices:
+                    choice.close()
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object so far: each prompt counts once, the choices add up."""
         num_prompt = sum(map(len, self._job.prompts))
         num_output = sum(choice.num_tokens for choice in self.choices)
+        num_accepted = sum(choice.num_accepted for choice in self.choices)
+        num_proposed = sum(choice.num_proposed for choice in self.choices)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(choice.num_accepted for choice in self.choices),
-                "rejected_prediction_tokens": sum(choice.num_rejected for choice in self.choices),
+                "accepted_prediction_tokens": num_accepted,
+                "rejected_prediction_tokens": num_proposed - num_accepted,
             },
         }
 

@@ -47,10 +47,14 @@ class CompletionLogprobs:
         }
 
     def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
-        """The sampled token first, then the best ones: one entry more than asked for if it is not among them."""
+        """The sampled token first, then the best ones: one entry more than asked for if it is not among them.
+
+        Two ids may have the same text; the sampled one's value is the one that counts then.
+        """
         sampled = {completion_token(self._tokenizer, token_id): finite(entry.logprob)}
-        best = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        return sampled | {completion_token(self._tokenizer, i): finite(logprob) for i, logprob in best}
+        entries = zip(entry.top_ids, entry.top_logprobs, strict=True)
+        best = {completion_token(self._tokenizer, i): finite(logprob) for i, logprob in entries}
+        return sampled | best | sampled
 
     def _next_offset(self, token_id: int) -> int:
         start = self._offset
@@ -66,8 +70,13 @@ def merge_completion_logprobs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as a dictionary key: its text, or `bytes:\\x..` for a part of a character, so that parts stay apart."""
+    """A token as a dictionary key, so that tokens stay apart.
+
+    Its text; `bytes:\\x..` for a part of a character; `token_id:N` for an id without a token.
+    """
     data = tokenizer.token_bytes(token_id)
+    if not data:
+        return f"token_id:{token_id}"
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -4,16 +4,25 @@ Runs in the thread pool, since rendering and tokenising a long prompt takes long
 an InvalidRequest. Knows neither sampling nor HTTP.
 """
 
-import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from server.api.fields import Fields, require_integer, shown
+import msgspec
+
+from server.api.fields import Fields, decode_json, known_fields, shown, shown_json, split_list
 from server.errors import InvalidRequest
 from server.tokenizer import Tokenizer
 
+PROMPT_FIELDS = ("messages", "add_generation_prompt", "chat_template_kwargs", "prompt")
 MAX_PROMPTS = 1024
-_NO_LIMIT = 2**62
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+# Unicode normalisation makes one character of at most four (U+1F82 and its like).
+_MOST_COMPOSED = 4
+# What a chat template may read of a message besides its role and content.
+_EXTRAS = ("name", "tool_calls", "tool_call_id")
+_MESSAGE = known_fields("role", "content", "reasoning_content", *_EXTRAS)
+_PART = known_fields("type", "text")
 
 
 class PromptReader:
@@ -22,50 +31,37 @@ class PromptReader:
     def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int):
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
+        # In range by the decoder already, which would take its time over integers of thousands of digits.
+        self._ids_type: type[list[int]] = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
+        self._ids_rule = f"a list of token ids in 0..{vocab_size - 1}"
 
     def read_messages(self, fields: Fields) -> list[int]:
         """Token ids of a chat request's `messages`, with `chat_template_kwargs` and `add_generation_prompt`."""
-        messages = [_read_message(i, value) for i, value in enumerate(self._read_list(fields, "messages"))]
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            **{
-                **fields.mapping("chat_template_kwargs"),
-                "add_generation_prompt": fields.boolean("add_generation_prompt", True),
-            },
-        )
+        entries = split_list("messages", fields.raw("messages"), MAX_MESSAGES)
+        if not entries:
+            raise InvalidRequest("messages is [], it must be a list of at least one entry", "messages")
+        messages = [_read_message(f"messages[{i}]", entry) for i, entry in enumerate(entries)]
+        add_generation_prompt = fields.boolean("add_generation_prompt", True)
+        variables = fields.mapping("chat_template_kwargs")
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt, variables)
         return self._encode([text], "messages", add_special_tokens=False)[0]
 
     def read_prompts(self, fields: Fields) -> list[list[int]]:
         """Token ids of every prompt of a completions request: a text, ids, or a list of either."""
-        self._check_count(fields.raw("prompt"))
-        value = fields.value("prompt", _NO_LIMIT)
-        if isinstance(value, str):
-            return self._encode([value], "prompt", add_special_tokens=True)
-        if not isinstance(value, list) or not value:
-            raise InvalidRequest(f"prompt is {shown(value)}, it must be a text, token ids or a list of them", "prompt")
-        if _is_number(value[0]):
-            return [self._check_ids("prompt", value)]
-        _check_num_prompts(len(value))
-        if all(isinstance(text, str) for text in value):
-            return self._encode(value, "prompt", add_special_tokens=True)
-        return [self._check_ids(f"prompt[{i}]", ids) for i, ids in enumerate(value)]
-
-    def _check_count(self, raw: bytes) -> None:
-        """Refuse hopelessly long lists by their commas and brackets; decoding one would hold up the streams."""
-        first = raw[1:64].lstrip()[:1]
-        if raw[:1] == b"[" and first == b"[":
-            _check_num_prompts(raw.count(b"[") - 1)
-        elif raw[:1] == b"[" and first.isdigit() and raw.count(b",") >= self._max_model_len:
-            raise self._overflow("prompt", f"{raw.count(b',') + 1} tokens")
-
-    def _read_list(self, fields: Fields, name: str) -> list[Any]:
-        value = fields.value(name, _NO_LIMIT)
-        if not isinstance(value, list) or not value:
-            raise InvalidRequest(f"{name} is {shown(value)}, it must be a list of at least one entry", name)
-        if len(value) > self._max_model_len:  # a message takes at least one token
-            raise self._overflow(name, f"{len(value)} messages")
-        return value
+        raw = fields.raw("prompt")
+        if raw[:1] == b'"':
+            return self._encode([_read_text("prompt", raw)], "prompt", add_special_tokens=True)
+        first = raw[1:].lstrip()[:1] if raw[:1] == b"[" else b""
+        if first == b"-" or first.isdigit():
+            return [self._read_ids("prompt", raw)]
+        if first == b'"':
+            entries = split_list("prompt", raw, MAX_PROMPTS)
+            texts = [_read_text(f"prompt[{i}]", entry) for i, entry in enumerate(entries)]
+            return self._encode(texts, "prompt", add_special_tokens=True)
+        if first == b"[":
+            entries = split_list("prompt", raw, MAX_PROMPTS)
+            return [self._read_ids(f"prompt[{i}]", entry) for i, entry in enumerate(entries)]
+        raise InvalidRequest(f"prompt is {shown_json(raw)}, it must be a text, token ids or a list of them", "prompt")
 
     def _encode(self, texts: Sequence[str], name: str, add_special_tokens: bool) -> list[list[int]]:
         for text in texts:
@@ -76,20 +72,18 @@ class PromptReader:
         return prompts
 
     def _check_size(self, name: str, text: str) -> None:
-        """Refuse text that is too long for any tokenisation, without the seconds that tokenising it would take.
-
-        Only normalised text counts: normalising other text can shrink it.
-        """
-        min_tokens = len(text) // self._tokenizer.longest_token_len
-        if min_tokens >= self._max_model_len and unicodedata.is_normalized("NFC", text):
+        """Refuse text that is too long for any tokenisation, without the seconds that tokenising it would take."""
+        num_composed = 1 if text.isascii() else _MOST_COMPOSED
+        min_tokens = len(text) // (num_composed * self._tokenizer.longest_token_len)
+        if min_tokens >= self._max_model_len:
             raise self._overflow(name, f"{len(text)} characters, which are at least {min_tokens} tokens")
 
-    def _check_ids(self, name: str, ids: Any) -> list[int]:
-        if not isinstance(ids, list):
-            raise InvalidRequest(f"{name} is {shown(ids)}, it must be a list of token ids", "prompt")
+    def _read_ids(self, name: str, raw: bytes) -> list[int]:
+        num_ids = raw.count(b",") + 1
+        if num_ids >= self._max_model_len:
+            raise self._overflow("prompt", f"{num_ids} tokens")
+        ids = decode_json(name, raw, self._ids_type, self._ids_rule)
         self._check_length("prompt", ids)
-        for i, token_id in enumerate(ids):
-            require_integer(f"{name}[{i}]", token_id, 0, self._vocab_size - 1)
         return ids
 
     def _check_length(self, name: str, token_ids: Sequence[int]) -> None:
@@ -107,44 +101,36 @@ class PromptReader:
         )
 
 
-def _check_num_prompts(num_prompts: int) -> None:
-    if num_prompts > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt has {num_prompts} entries, the limit is {MAX_PROMPTS}", "prompt")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read_message(index: int, message: Any) -> Mapping[str, Any]:
-    name = f"messages[{index}]"
-    if not isinstance(message, dict):
-        raise InvalidRequest(f"{name} is {shown(message)}, it must be an object", "messages")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise InvalidRequest(f"{name}.role is {shown(role)}, it must be a string", "messages")
-    content = message.get("content")
-    if content is None and role != "assistant":
-        raise InvalidRequest(f"{name}.content is null, only an assistant's may be", "messages")
-    content = _read_content(f"{name}.content", content)
+def _read_message(name: str, raw: bytes) -> dict[str, Any]:
+    fields = Fields(_MESSAGE, raw, name)
+    role = _read_text(f"{name}.role", fields.raw("role"))
+    message = {extra: fields.value(extra) for extra in _EXTRAS if fields.has(extra)}
+    if fields.has("reasoning_content"):
+        message["reasoning_content"] = _read_text(f"{name}.reasoning_content", fields.raw("reasoning_content"))
+    if role != "assistant" and not fields.has("content"):
+        raise InvalidRequest(f"{name}.content is null, only an assistant's may be", f"{name}.content")
+    content = _read_content(f"{name}.content", fields.raw("content"))
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
-def _read_content(name: str, content: Any) -> str:
-    """A text as it is, text parts joined, null (an assistant's turn of tool calls) as nothing."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{name} is {shown(content)}, it must be a string or a list of text parts", "messages")
-    return "".join(_read_part(f"{name}[{i}]", part) for i, part in enumerate(content))
+def _read_content(name: str, raw: bytes) -> str:
+    """A text as it is, text parts joined, nothing (an assistant's turn of tool calls) as an empty text."""
+    if raw[:1] == b"[":
+        parts = split_list(name, raw, MAX_PARTS)
+        return "".join(_read_part(f"{name}[{i}]", part) for i, part in enumerate(parts))
+    return _read_text(name, raw, "a string or a list of text parts") if raw else ""
 
 
-def _read_part(name: str, part: Any) -> str:
-    if not isinstance(part, dict):
-        raise InvalidRequest(f"{name} is {shown(part)}, it must be an object", "messages")
-    if part.get("type") != "text":
-        raise InvalidRequest(f"{name}.type is {shown(part.get('type'))}, the supported type is 'text'", "messages")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{name}.text is {shown(text)}, it must be a string", "messages")
-    return text
+def _read_part(name: str, raw: bytes) -> str:
+    fields = Fields(_PART, raw, name)
+    kind = fields.value("type")
+    if kind != "text":
+        raise InvalidRequest(f"{name}.type is {shown(kind)}, the supported type is 'text'", f"{name}.type")
+    return _read_text(f"{name}.text", fields.raw("text"))
+
+
+def _read_text(name: str, raw: bytes, rule: str = "a string") -> str:
+    """A string of any length."""
+    if raw[:1] != b'"':
+        raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be {rule}", name)
+    return decode_json(name, raw, str, rule)

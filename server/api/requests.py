@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import msgspec
 from fastapi import Request, Response
 
-from server.api.fields import Fields, require_boolean, shown
+from server.api.fields import Fields, known_fields, require_boolean, shown
 from server.api.generation import Choice, Delta, Generation, Job
+from server.api.prompts import PROMPT_FIELDS
+from server.api.sampling import SAMPLING_FIELDS
 from server.api.services import Services
 from server.api.transport import ClientGone, EventStream, encode_event, read_body, run_until_disconnect
 from server.errors import InvalidRequest, NotFound
@@ -21,6 +23,7 @@ from server.errors import InvalidRequest, NotFound
 # Known fields that change the answer and are not served: ignoring them would give a wrong answer silently.
 _UNSERVED = ("tools", "response_format", "structured_outputs", "echo", "suffix", "prompt_logprobs")
 _HARMLESS: tuple[object, ...] = (False, "", [], {"type": "text"})
+_REQUEST = known_fields("model", "stream", "stream_options", *PROMPT_FIELDS, *SAMPLING_FIELDS, *_UNSERVED)
 _CLIENT_CLOSED = 499
 
 
@@ -45,7 +48,7 @@ async def respond(
     try:
         body = await read_body(request.receive, request.headers.get("content-type", ""))
         services.client.check_room(1)
-        job = await services.read(lambda data: read_job(_read_fields(data, services)), body)
+        job = await services.read(lambda data: read_job(read_fields(data, services)), body)
         generation = Generation(job, services.tokenizer, services.client, services.metrics)
         envelope = _Envelope(services.model_name, make_format(job), generation, job)
         if job.stream:
@@ -73,9 +76,9 @@ def read_stream(fields: Fields) -> dict[str, bool]:
     }
 
 
-def _read_fields(body: bytes, services: Services) -> Fields:
+def read_fields(body: bytes, services: Services) -> Fields:
     """The fields of a request for the served model. Raises NotFound for another model, InvalidRequest."""
-    fields = Fields(body)
+    fields = Fields(_REQUEST, body)
     model = fields.text("model", "")
     if model not in ("", services.model_name):
         raise NotFound(f"The model {shown(model)} does not exist; this server has {services.model_name!r}", "model")

@@ -9,10 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from server.api.fields import INT64_MAX, INT64_MIN, Fields, require_integer, require_number
+from server.api.fields import INT64_MAX, INT64_MIN, Fields, known_fields, require_integer, require_number
 from server.errors import CheckpointError, InvalidRequest
 from server.messages import SamplingParams
 
+SHAPE_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_FIELDS = (
+    *SHAPE_FIELDS,
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "ignore_eos",
+    "min_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "n",
+)
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
@@ -20,7 +39,10 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_BIASES = 4096
 _MAX_BIAS = 100.0
-_MAX_PENALTY = sys.float_info.max
+# Float32 logits times or over a larger factor are infinite or all alike.
+_MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 0.01, 100.0
+# Less than one token in a million can say: float32 sums of probabilities end there.
+_MIN_TOP_P = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +60,7 @@ def read_generation_config(directory: str | Path) -> SamplingParams:
     if not path.exists():
         return SamplingParams()
     try:
-        return _read_shape(Fields(path.read_bytes()), SamplingParams(), sys.maxsize)
+        return _read_shape(Fields(known_fields(*SHAPE_FIELDS), path.read_bytes()), SamplingParams(), sys.maxsize)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except InvalidRequest as error:
@@ -73,6 +95,12 @@ def read_max_tokens(fields: Fields, names: tuple[str, ...], default: int | None,
     return max_tokens
 
 
+def read_num_logprobs(fields: Fields, name: str, limits: Limits) -> int | None:
+    """How many alternatives the field `name` asks for, at most the vocabulary; None when absent."""
+    num_top = fields.integer(name, None, 0, MAX_LOGPROBS)
+    return None if num_top is None else min(num_top, limits.vocab_size)
+
+
 def choice_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
     """The settings of choice `index` of n: choice 0 keeps the seed, the others get one hashed from (seed, index).
 
@@ -90,11 +118,11 @@ def _read_shape(fields: Fields, defaults: SamplingParams, vocab_size: int) -> Sa
     return replace(
         defaults,
         temperature=fields.number("temperature", defaults.temperature, 0.0, 2.0),
-        top_p=fields.number("top_p", defaults.top_p, 0.0, 1.0, open_low=True),
+        top_p=fields.number("top_p", defaults.top_p, _MIN_TOP_P, 1.0),
         top_k=top_k if 0 < top_k < vocab_size else 0,
         min_p=fields.number("min_p", defaults.min_p, 0.0, 1.0),
         repetition_penalty=fields.number(
-            "repetition_penalty", defaults.repetition_penalty, 0.0, _MAX_PENALTY, open_low=True
+            "repetition_penalty", defaults.repetition_penalty, _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY
         ),
     )
 
@@ -124,7 +152,7 @@ def _read_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
         raise InvalidRequest(f"logit_bias has {len(entries)} entries, the limit is {MAX_BIASES}", "logit_bias")
     biases = {}
     for key, value in entries.items():
-        number = require_number(f"logit_bias[{key[:20]}]", value, -_MAX_PENALTY, _MAX_PENALTY)
+        number = require_number(f"logit_bias[{key[:20]}]", value, -sys.float_info.max, sys.float_info.max)
         biases[_read_token_key(key, vocab_size)] = max(-_MAX_BIAS, min(_MAX_BIAS, number))
     return biases
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import multiprocessing
+import threading
 
 import pytest
+import tqdm
 
 from server import engine_process
 from server.channel import AsyncEnd
@@ -80,6 +83,12 @@ def test_a_bug_is_logged_with_its_traceback_and_told(
     assert isinstance(replies[-1], Fatal)
     assert replies[-1].message.startswith("RuntimeError: a bug")
     assert any(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+def test_progress_bars_leave_no_semaphore_behind_when_the_engine_is_killed() -> None:
+    tqdm.tqdm.set_lock(multiprocessing.RLock())
+    _replies(EngineConfig(page_size=13), [5])
+    assert isinstance(tqdm.tqdm.get_lock(), type(threading.RLock()))
 
 
 def test_the_loop_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 class Server:
     """A running server and a client for it."""
 
-    def __init__(self, checkpoint: Path, flags: Sequence[str]):
+    def __init__(self, checkpoint: Path, flags: Sequence[str], program: str = START):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -43,7 +43,7 @@ class Server:
         environment = {**os.environ, "TMPDIR": str(checkpoint.parent)}
         arguments = ["--model", str(checkpoint), "--port", str(self.port), "--log-level", "warning", *flags]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=DEADLINE_SECONDS)
 
@@ -207,6 +207,57 @@ def test_a_port_that_is_taken_is_named(checkpoint: Path) -> None:
         server.stop()
     assert server.process.returncode == 1
     assert f"--port {port}" in errors
+
+
+def test_two_servers_started_together_on_one_port_are_one_that_serves_and_one_that_says_why_not(
+    checkpoint: Path,
+) -> None:
+    first = Server(checkpoint, [])
+    second = Server(checkpoint, ["--port", str(first.port)])
+    servers = (first, second)
+    try:
+        wait_for(lambda: any(server.process.poll() is not None for server in servers), "the end of one")
+        loser, winner = sorted(servers, key=lambda server: server.process.poll() is None)
+        assert loser.process.returncode == 1
+        assert loser.process.stderr is not None
+        (line,) = loser.process.stderr.read().splitlines()
+        assert line.startswith("tandem: error: cannot listen on")
+        wait_for(Server.is_healthy.__get__(winner), "readiness")
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def test_an_http_server_that_fails_at_start_is_one_line_and_exit_code_1(checkpoint: Path) -> None:
+    broken = f"""\
+import server.launch, uvicorn
+async def fail(self, sockets=None):
+    raise OSError("no more files")
+uvicorn.Server.startup = fail
+{START}"""
+    server = Server(checkpoint, [], broken)
+    _, errors = server.process.communicate(timeout=DEADLINE_SECONDS)
+    server.stop()
+    assert server.process.returncode == 1
+    assert errors == "tandem: error: the HTTP server failed: no more files\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_imports_ends_the_server_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "uvicorn.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    with subprocess.Popen(
+        [sys.executable, "-m", "server"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        assert process.wait(DEADLINE_SECONDS) == 0
+        assert process.stderr.read() == ""
 
 
 def test_the_http_process_does_not_import_torch() -> None:

@@ -14,6 +14,8 @@ from server.tokenizer import Detokenizer, StopMatcher, Tokenizer
 
 TEXT = "the quick naïve café 中文字符 😀😀 <a token> 12 + 30 = 42\n"
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
 
 def _split(token_ids: list[int], rng: random.Random) -> list[list[int]]:
     pieces = []
@@ -54,7 +56,7 @@ def test_the_chat_template_gets_messages_and_further_variables(tokenizer: Tokeni
     plain = "<|im_start|>user\nhi<|im_end|>\n"
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == plain
     assert tokenizer.apply_chat_template(messages) == plain + "<|im_start|>assistant\n"
-    thinking = tokenizer.apply_chat_template(messages, enable_thinking=True)
+    thinking = tokenizer.apply_chat_template(messages, variables={"enable_thinking": True})
     assert thinking == plain + "<|im_start|>assistant\n<think>\n"
 
 
@@ -68,7 +70,8 @@ def test_messages_the_template_refuses_are_an_invalid_request(tokenizer: Tokeniz
 
 def test_the_template_may_come_from_the_tokenizer_config(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(checkpoint / "tokenizer.json", tmp_path)
-    assert not Tokenizer(tmp_path).has_chat_template
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Tokenizer(tmp_path).apply_chat_template([{}])
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages | tojson }}"}))
     assert Tokenizer(tmp_path).apply_chat_template([{"a": "é<"}]) == '[{"a": "é<"}]'
 
@@ -79,7 +82,10 @@ def test_the_template_may_come_from_the_tokenizer_config(checkpoint: Path, tmp_p
         (None, "does not exist"),
         ('{"model":', "not valid JSON"),
         ("{}", "type None"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"model": {"type": "Unigram"}}', "BPE"),
+        ('{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "cannot be read by tokenizers"),
+        (json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": BYTE_LEVEL}), "no tokens"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_served_is_a_checkpoint_error(
@@ -89,6 +95,39 @@ def test_a_tokenizer_that_cannot_be_served_is_a_checkpoint_error(
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": {"x": 1}},
+        {"eos_token": 5},
+        {"chat_template": [{"name": "default"}]},
+        {"chat_template": [{"name": "default", "template": 5}]},
+        {"chat_template": 5},
+    ],
+)
+def test_a_tokenizer_config_that_makes_no_sense_is_a_checkpoint_error(
+    checkpoint: Path, tmp_path: Path, config: dict
+) -> None:
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json has the {next(iter(config))}"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", [[{"name": "rag", "template": "x"}], ["x"], []])
+def test_a_list_of_templates_without_a_default_is_no_template(checkpoint: Path, tmp_path: Path, template: list) -> None:
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Tokenizer(tmp_path).apply_chat_template([{}])
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools"])
+def test_a_variable_may_not_replace_a_field_of_the_request(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"sets {name}"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], variables={name: []})
 
 
 def test_streamed_text_equals_decoding_all_tokens_for_any_pieces(tokenizer: Tokenizer) -> None:

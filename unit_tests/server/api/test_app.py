@@ -1,5 +1,8 @@
 """The routes that do not generate."""
 
+import importlib.metadata
+
+import pytest
 from openai import OpenAI
 
 from server.errors import EngineDead
@@ -21,8 +24,19 @@ def test_health_is_200_until_the_engine_fails(serving: Serving) -> None:
     check_error(serving.http.post("/v1/completions", json={"prompt": [5]}), 503, None, "gone")
 
 
-def test_the_version_is_told(serving: Serving) -> None:
-    assert set(serving.http.get("/version").json()) == {"version"}
+@pytest.mark.parametrize(("installed", "version"), [({"tandem": "1.2.3"}, "1.2.3"), ({}, "0+checkout")])
+def test_the_version_is_the_packages_unless_it_is_not_installed(
+    make_serving, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], version: str
+) -> None:
+    def find(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr("importlib.metadata.version", find)
+    serving = make_serving()
+    with serving.listening():
+        assert serving.http.get("/version").json() == {"version": version}
 
 
 def test_the_openai_client_understands_every_answer(serving: Serving) -> None:

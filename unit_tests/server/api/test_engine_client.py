@@ -80,6 +80,8 @@ def test_room_is_counted_in_requests_and_comes_back(make_serving) -> None:
                 with pytest.raises(QueueFull, match="--max-queued-requests"):
                     serving.client.submit([_generate("b"), _generate("c")])
                 serving.client.check_room(1)
+                with pytest.raises(InvalidRequest, match="has 3 choices, the limit is 2"):
+                    serving.client.check_room(3)
             serving.client.check_room(2)
 
     asyncio.run(talk())

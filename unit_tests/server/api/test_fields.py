@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.api.fields import MAX_SETTING_BYTES, Fields, shown
+from server.api.fields import MAX_SETTING_BYTES, Fields, known_fields, shown, shown_json, split_list
 from server.errors import InvalidRequest
 
 
@@ -31,22 +31,51 @@ def test_a_long_value_is_cut(value: Any) -> None:
 
 
 def test_a_setting_over_the_byte_limit_is_refused_undecoded() -> None:
-    fields = Fields(json.dumps({"stop": "x" * MAX_SETTING_BYTES, "seed": 1}).encode())
+    body = json.dumps({"stop": "x" * MAX_SETTING_BYTES, "seed": 1}).encode()
+    fields = Fields(known_fields("stop", "seed"), body)
     with pytest.raises(InvalidRequest, match=str(MAX_SETTING_BYTES)):
         fields.text("stop", "")
     assert fields.integer("seed", None) == 1
 
 
 def test_only_fields_that_are_asked_for_are_decoded() -> None:
-    fields = Fields(b'{"unknown": 1e999, "seed": 7}')
+    fields = Fields(known_fields("top_p", "seed"), b'{"top_p": 1e999, "seed": 7, "other": 1e999}')
     assert fields.integer("seed", None) == 7
-    with pytest.raises(InvalidRequest, match="unknown"):
-        fields.value("unknown")
+    with pytest.raises(InvalidRequest, match="top_p"):
+        fields.value("top_p")
+
+
+def test_a_field_of_an_inner_object_is_named_in_full() -> None:
+    fields = Fields(known_fields("role"), b'{"role": 5}', "messages[3]")
+    with pytest.raises(InvalidRequest, match=r"messages\[3\]\.role is 5") as caught:
+        fields.text("role", "")
+    assert caught.value.param == "messages[3].role"
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"{", b"\xff"])
+def test_what_is_wrong_with_the_body_as_a_whole_is_no_fields_fault(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="the body") as caught:
+        Fields(known_fields("a"), body)
+    assert caught.value.param is None
+
+
+def test_a_list_is_split_undecoded_up_to_its_limit() -> None:
+    assert split_list("a", b' [1e999, {"b" : 2},null ]', 3) == [b"1e999", b'{"b" : 2}', b"null"]
+    assert split_list("a", b"[]", 3) == []
+    with pytest.raises(InvalidRequest, match="more than 3 entries"):
+        split_list("a", b"[1, 2, 3, 4]", 3)
+    with pytest.raises(InvalidRequest, match="a is null, it must be a list"):
+        split_list("a", b"", 3)
+
+
+def test_undecoded_json_is_shown_short() -> None:
+    assert (shown_json(b""), shown_json(b"[5]")) == ("null", "[5]")
+    assert shown_json(b'"' + "é".encode() * 5000 + b'"').endswith("(10002 bytes)")
 
 
 @pytest.mark.parametrize("body", [b'{"a": null}', b"{}", b'{"a":   null  }'])
 def test_null_is_the_same_as_absent(body: bytes) -> None:
-    fields = Fields(body)
+    fields = Fields(known_fields("a"), body)
     assert not fields.has("a")
     assert fields.boolean("a", True) is True
     assert fields.items("a", 1) == []

@@ -44,7 +44,29 @@ def test_a_stop_string_wins_over_the_engines_reason_and_cuts_the_tokens(tokenize
     delta = choice.take(TokenOutput("r", ids, finish_reason=FINISH_LENGTH, num_proposed=9, num_accepted=4))
     assert (delta.text, delta.finish_reason, delta.stop_reason) == ("the ", FINISH_STOP, "quick")
     assert delta.token_ids == ids[: choice.num_tokens] != ids
-    assert (choice.num_accepted, choice.num_rejected) == (4, 5)
+
+
+def test_drafts_after_a_stop_string_do_not_count(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    first, *others = tokenizer.encode("the quick brown fox")
+    for num_used in range(1, 6):
+        stop = tokenizer.decode(others[:num_used])
+        choice = _choice(tokenizer, metrics, SamplingParams(stop=(stop,)))
+        choice.take(TokenOutput("r", [first]))
+        choice.take(TokenOutput("r", others[:6], num_steps=1, num_proposed=8, num_accepted=5))
+        assert choice.finish_reason == FINISH_STOP
+        assert choice.num_tokens == 1 + num_used
+        assert (choice.num_proposed, choice.num_accepted) == (num_used, min(num_used, 5))
+
+
+def test_drafts_of_earlier_steps_count_whole_when_a_stop_string_cuts_a_later_one(
+    tokenizer: Tokenizer, metrics: Metrics
+) -> None:
+    ids = tokenizer.encode("the quick brown fox")
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=(tokenizer.decode(ids[3:4]),)))
+    choice.take(TokenOutput("r", ids[:2], num_proposed=4, num_accepted=1))
+    choice.take(TokenOutput("r", ids[2:6], num_proposed=8, num_accepted=4))
+    assert choice.num_tokens == 4
+    assert (choice.num_proposed, choice.num_accepted) == (6, 3)
 
 
 def test_a_choice_closed_before_its_end_counts_as_aborted(tokenizer: Tokenizer, metrics: Metrics) -> None:

@@ -1,5 +1,7 @@
 """The two shapes of log-probabilities, for tokens that are hard to write."""
 
+import pytest
+
 from server.api.generation import Delta
 from server.api.logprobs import CompletionLogprobs, chat_logprobs, completion_token, merge_completion_logprobs
 from server.messages import TokenLogprobs
@@ -34,6 +36,25 @@ def test_the_sampled_token_comes_first_even_if_it_is_not_among_the_best(tokenize
     rendered = CompletionLogprobs(tokenizer, True).render(_delta([70], TokenLogprobs(-5.0, [71, 72], [-0.1, -3.0])))
     (top,) = rendered["top_logprobs"]
     assert list(top.values()) == [-5.0, -0.1, -3.0]
+
+
+def test_ids_without_a_token_stay_apart_and_the_sampled_tokens_value_wins(tokenizer: Tokenizer) -> None:
+    first, second = tokenizer.vocab_size + 1, tokenizer.vocab_size + 2
+    delta = _delta([first], TokenLogprobs(-1.0, [second, first, 70], [-0.5, -1.0, -3.0]))
+    (top,) = CompletionLogprobs(tokenizer, True).render(delta)["top_logprobs"]
+    assert list(top.items()) == [
+        (f"token_id:{first}", -1.0),
+        (f"token_id:{second}", -0.5),
+        (tokenizer.decode([70]), -3.0),
+    ]
+
+
+def test_of_two_tokens_with_the_same_text_the_sampled_ones_value_is_told(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda _: b"same")
+    rendered = CompletionLogprobs(tokenizer, True).render(_delta([70], TokenLogprobs(-5.0, [71], [-0.1])))
+    assert rendered["top_logprobs"] == [{"same": -5.0}]
 
 
 def test_minus_infinity_is_a_number_that_json_has(tokenizer: Tokenizer) -> None:

@@ -1,9 +1,16 @@
 """Prompts and messages that cannot be served, and what the error says."""
 
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from server.api.chat import read_chat_job
+from server.api.completions import read_completion_job
+from server.api.requests import read_fields
+from server.api.transport import MAX_BODY_BYTES
+from server.errors import InvalidRequest
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_requests import CHAT, COMPLETIONS, MESSAGES, check_error
 from unit_tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
@@ -18,16 +25,19 @@ from unit_tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
         ([""], "prompt is empty"),
         ([[]], "prompt is empty"),
         ([-1], f"0..{VOCAB_SIZE - 1}"),
-        ([5, VOCAB_SIZE], f"prompt[1] is {VOCAB_SIZE}"),
-        ([[5], [5, -7]], "prompt[1][1] is -7"),
-        ([1.5], "an integer"),
-        ([5, "a"], "an integer"),
-        (["a", 5], "list of token ids"),
-        ([5, True], "an integer"),
+        ([5, VOCAB_SIZE], f"`int` <= {VOCAB_SIZE - 1} - at `$[1]`"),
+        ([[5], [5, -7]], "prompt[1] is [5,-7]"),
+        ([1.5], "`float`"),
+        ([5, "a"], "Expected `int`, got `str` - at `$[1]`"),
+        (["a", 5], "prompt[1] is 5, it must be a string"),
+        ([5, True], "`bool`"),
+        ([[5], {}], "prompt[1] is {}, it must be a list of token ids"),
+        ([{}], "must be a text"),
+        ([True], "must be a text"),
         ({"a": 1}, "must be a text"),
         (5, "must be a text"),
-        (["a"] * 1025, "limit is 1024"),
-        ([[5]] * 1025, "prompt has 1025 entries, the limit is 1024"),
+        (["a"] * 1025, "more than 1024 entries"),
+        ([[5]] * 1025, "more than 1024 entries"),
     ],
 )
 def test_a_wrong_prompt_is_explained(serving: Serving, value: Any, message: str) -> None:
@@ -45,10 +55,13 @@ def test_a_wrong_prompt_is_explained(serving: Serving, value: Any, message: str)
         ([{"role": 5, "content": "a"}], "messages[0].role is 5"),
         ([{"role": "user"}], "messages[0].content is null"),
         ([{"role": "user", "content": 5}], "messages[0].content is 5"),
-        ([{"role": "user", "content": ["text"]}], "must be an object"),
+        ([{"role": "user", "content": ["text"]}], 'content[0] is "text", it must be a JSON object'),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text is null"),
         ([*MESSAGES, {"role": "system", "content": "x"}], "system comes first"),
+        ([{"role": "assistant", "reasoning_content": 5}], "messages[0].reasoning_content is 5"),
+        (MESSAGES * 4097, "more than 4096 entries"),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}], "more than 1024 entries"),
     ],
 )
 def test_wrong_messages_are_explained(serving: Serving, value: Any, message: str) -> None:
@@ -63,6 +76,65 @@ def test_a_prompt_over_the_context_limit_starts_with_the_words_clients_look_for(
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
         assert check_error(serving.http.post(CHAT, json={"messages": messages}), 400, "messages").startswith(start)
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools"])
+def test_template_variables_that_are_fields_of_the_request_are_refused(serving: Serving, name: str) -> None:
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: []}}
+    check_error(serving.http.post(CHAT, json=body), 400, "chat_template_kwargs", name)
+
+
+def test_any_other_template_variable_is_the_templates(serving: Serving) -> None:
+    serving.chat("hi", chat_template_kwargs={"self": 1, "message": 2, "context": {}}, max_tokens=1)
+
+
+def test_what_a_template_may_read_of_a_message_reaches_it(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [{"id": "c"}], "x": 1}
+    seen: list[Any] = []
+    monkeypatch.setattr(serving.tokenizer, "apply_chat_template", lambda messages, *_: seen.extend(messages) or "hi")
+    body = {"messages": [message], "max_tokens": 1}
+    assert serving.http.post(CHAT, json=body).status_code == 200
+    assert seen == [{"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [{"id": "c"}]}]
+
+
+def _repeat(entry: bytes, before: bytes, after: bytes) -> bytes:
+    count = (MAX_BODY_BYTES - len(before) - len(after)) // (len(entry) + 1)
+    return before + b",".join([entry] * count) + after
+
+
+def _many_keys() -> bytes:
+    return b'{"prompt":"a","messages":[],' + b",".join(b'"k%d":0' % i for i in range(300_000)) + b"}"
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "messages": lambda: _repeat(b"{}", b'{"messages":[', b"]}"),
+    "keys": _many_keys,
+    "keys of a message": lambda: b'{"messages":[' + _many_keys() + b"]}",
+    "parts": lambda: _repeat(b'{"type":"text","text":""}', b'{"messages":[{"role":"user","content":[', b"]}]}"),
+    "unknown part": lambda: _repeat(b"{}", b'{"messages":[{"role":"user","content":[{"x":[', b"]}]}]}"),
+    "tool calls": lambda: _repeat(b"{}", b'{"messages":[{"role":"user","tool_calls":[', b"]}]}"),
+    "objects": lambda: _repeat(b"{}", b'{"prompt":[', b"]}"),
+    "objects after a number": lambda: _repeat(b"{}", b'{"prompt":[1,', b"]}"),
+    "objects after ids": lambda: _repeat(b"{}", b'{"prompt":[[1],', b"]}"),
+    "texts": lambda: _repeat(b'""', b'{"prompt":[', b"]}"),
+    "ids": lambda: _repeat(b"1", b'{"prompt":[', b"]}"),
+    "long integers": lambda: _repeat(b"1" * 4000, b'{"prompt":[', b"]}"),
+    "lists": lambda: _repeat(b"[]", b'{"prompt":[', b"]}"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_body_of_very_many_things_is_refused_without_an_object_for_each(make_serving, kind: str) -> None:
+    """Whoever makes a million objects in one call holds up every stream meanwhile; a few copies of the bytes do not."""
+    services, body = make_serving().services, HOSTILE[kind]()
+    read = read_completion_job if b'"prompt"' in body[:20] and kind != "keys" else read_chat_job
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest):
+            read(read_fields(body, services), services)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_longest_prompt_that_leaves_room_for_a_token_is_served(serving: Serving) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from server.api.transport import MAX_BODY_BYTES
+from server.messages import Generate, SamplingParams
 from unit_tests.server.api.conftest import Serving
-from unit_tests.server.fake_engine import MAX_MODEL_LEN, REFUSE_ID, VOCAB_SIZE
+from unit_tests.server.fake_engine import FOREVER_ID, MAX_MODEL_LEN, REFUSE_ID, VOCAB_SIZE
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -18,12 +19,15 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("temperature", "1", "a number"),
     ("temperature", True, "a number"),
     ("temperature", [], "a number"),
-    ("top_p", 0, "(0, 1]"),
-    ("top_p", 1.01, "(0, 1]"),
+    ("top_p", 0, "[1e-06, 1]"),
+    ("top_p", 1e-7, "[1e-06, 1]"),
+    ("top_p", 1.01, "[1e-06, 1]"),
     ("top_k", -2, "-1.."),
     ("top_k", 1.5, "an integer"),
     ("min_p", 1.1, "[0, 1]"),
-    ("repetition_penalty", 0, "(0, "),
+    ("repetition_penalty", 0, "[0.01, 100]"),
+    ("repetition_penalty", 1e-5, "[0.01, 100]"),
+    ("repetition_penalty", 1e30, "[0.01, 100]"),
     ("presence_penalty", 2.5, "[-2, 2]"),
     ("frequency_penalty", -2.5, "[-2, 2]"),
     ("seed", 2**63, "9223372036854775807"),
@@ -150,11 +154,24 @@ def test_what_only_the_engine_can_refuse_is_a_plain_error_too(serving: Serving, 
 def test_a_full_queue_is_429_and_starts_nothing(make_serving, stream: bool) -> None:
     serving = make_serving(max_requests=3)
     with serving.listening():
-        answer = serving.http.post(COMPLETIONS, json={"prompt": [5], "n": 4, "stream": stream})
-        check_error(answer, 429, None, "--max-queued-requests")
-        assert serving.channel.sent == []
-        assert serving.client.num_in_flight == 0
+        with serving.client.submit([Generate("running", [FOREVER_ID], SamplingParams())]):
+            answer = serving.http.post(COMPLETIONS, json={"prompt": [5], "n": 3, "stream": stream})
+            check_error(answer, 429, None, "--max-queued-requests")
+            assert [message.request_id for message in serving.channel.sent] == ["running"]
+            assert serving.client.num_in_flight == 1
         serving.complete([5], n=3)
+        assert serving.gauge("tandem:num_requests_aborted_total") == 0
+        assert 'finished_reason="abort",model_name="tiny"} 0.0' in serving.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_batch_that_can_never_fit_is_not_told_to_try_again(make_serving, stream: bool) -> None:
+    serving = make_serving(max_requests=3)
+    with serving.listening():
+        answer = serving.http.post(COMPLETIONS, json={"prompt": [5], "n": 4, "stream": stream})
+        message = check_error(answer, 400, None, "--max-queued-requests")
+        assert "try again" not in message
+        assert serving.channel.sent == []
 
 
 def test_too_many_choices_in_all_are_refused(serving: Serving) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.api.sampling import choice_sampling, read_generation_config
+from server.api.fields import Fields, known_fields
+from server.api.sampling import Limits, choice_sampling, read_generation_config, read_num_logprobs
 from server.errors import CheckpointError
 from server.messages import SamplingParams
 
@@ -29,6 +30,12 @@ def test_the_sampling_fields_of_a_generation_config_are_defaults_and_the_others_
 def test_a_broken_generation_config_is_a_checkpoint_error_that_names_the_file(tmp_path: Path, content: Any) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_generation_config(_write(tmp_path, content))
+
+
+def test_no_more_alternatives_are_asked_for_than_the_vocabulary_has() -> None:
+    limits = Limits(max_model_len=9, vocab_size=12, defaults=SamplingParams())
+    for body, expected in ((b'{"logprobs": 20}', 12), (b'{"logprobs": 3}', 3), (b"{}", None)):
+        assert read_num_logprobs(Fields(known_fields("logprobs"), body), "logprobs", limits) == expected
 
 
 def test_choices_of_different_seeds_do_not_collide() -> None:
