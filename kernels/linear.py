@@ -13,7 +13,7 @@ from kernels.cpu.library import load_library
 
 MAX_ROWS = 64
 _FUNCTIONS = {torch.bfloat16: "linear_bfloat16", torch.float32: "linear_float32", torch.float64: "linear_float64"}
-_PARALLEL_ELEMENTS = 2**16
+_PARALLEL_PRODUCTS = 2**19
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _linear_cpp(function: Callable[..., None], x: Tensor, weight: Tensor) -> Ten
     out_size, in_size = weight.shape
     inputs = (x.float() if x.dtype == torch.bfloat16 else x).contiguous()
     out = torch.empty(*x.shape[:-1], out_size, dtype=inputs.dtype)
-    num_threads = torch.get_num_threads() if weight.numel() >= _PARALLEL_ELEMENTS else 1
-    pointers = inputs.data_ptr(), weight.data_ptr(), out.data_ptr()
-    function(*pointers, inputs.numel() // in_size, in_size, out_size, num_threads)
+    rows, pointers = inputs.numel() // in_size, (inputs.data_ptr(), weight.data_ptr(), out.data_ptr())
+    num_threads = torch.get_num_threads() if rows * weight.numel() >= _PARALLEL_PRODUCTS else 1
+    function(*pointers, rows, in_size, out_size, num_threads)
     return out.to(x.dtype)
