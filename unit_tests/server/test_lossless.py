@@ -70,7 +70,7 @@ def test_greedy_tokens_survive_preemption_and_aborts_at_every_depth_and_chunk_si
         page_size=8,
     )
     assert serve_with_aborts(engine, PROMPTS, GREEDY) == plain(GREEDY)
-    assert engine.scheduler.counters.num_preemptions >= 30
+    assert engine.scheduler.counters.num_preemptions >= 12
 
 
 @pytest.mark.parametrize("mtp_step", [0, 3, 8])
@@ -101,7 +101,7 @@ def serve_with_aborts(engine: Engine, prompts: list[list[int]], params: Sampling
         num_steps += 1
         if num_steps % 5 == 0 and doomed:
             engine.abort(doomed.pop(0))
-        if num_steps % 7 == 0 and engine.scheduler.running and engine.scheduler.counters.num_preemptions < 30:
+        if num_steps % 7 == 0 and engine.scheduler.running and engine.scheduler.counters.num_preemptions < 12:
             engine.scheduler._preempt(engine.scheduler.running[-1])
     assert_nothing_left(engine)
     return list(tokens.values())
