@@ -21,7 +21,7 @@ START = (
     "import sys; from server.launch import main; "
     "sys.exit(main(sys.argv[1:], engine='unit_tests.server.fake_engine:FakeEngine'))"
 )
-DEADLINE_SECONDS = 20
+DEADLINE_SECONDS = 90
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

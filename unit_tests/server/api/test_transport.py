@@ -12,7 +12,7 @@ from server.messages import Abort
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.fake_engine import FOREVER_ID
 
-DEADLINE_SECONDS = 10
+DEADLINE_SECONDS = 60
 
 
 class Connection:
