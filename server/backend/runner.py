@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.cpu.library import load_library
 from models import errors as model_errors
 from models.cache import Cache, GDNCache, KVCache
 from models.config import ModelConfig, load_config
@@ -44,6 +45,8 @@ def build_runner(config: EngineConfig) -> Runner:
     """Load the checkpoint and allocate the caches. Raises ConfigError in one line for whatever cannot be served."""
     device = _choose_device(config.device)
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    if device == "cpu":
+        load_library()  # a first build takes seconds, which no request should wait for
     try:
         model_config = load_config(config.model)
         plan = plan_memory(config, model_config)
