@@ -38,9 +38,33 @@ class EngineConfig:
         "how drafts are chained: eagle reuses one MTP layer, vanilla uses one layer per draft; auto: by layer count",
         ("auto", "eagle", "vanilla"),
     )
+    speculation: str = _setting(
+        "adaptive",
+        "how many of the mtp_step drafts a request gets; adaptive: what costs least time per token, fixed: all of them",
+        ("adaptive", "fixed"),
+    )
+    overlap: str = _setting(
+        "auto",
+        "prepare the next step while the device runs one; auto: on when there is more than one core",
+        ("auto", "on", "off"),
+    )
     max_running_requests: int = _setting(16, "requests that decode at the same time (rows of the request table)")
     chunked_prefill_size: int = _setting(512, "prompt tokens per engine step, at most")
+    stream_slowdown: float = _setting(
+        2.0, "while requests decode, prompt tokens may prolong a step to this many times its own length, about"
+    )
     page_size: int = _setting(16, "tokens per KV page")
+    mem_fraction_static: float = _setting(
+        0.85, "share of the free memory (of the GPU, or of the machine) that weights and caches may take"
+    )
+    prefix_cache: str = _setting("on", "reuse what requests with the same beginning have computed", ("on", "off"))
+    checkpoint_interval: int = _setting(1024, "prompt tokens between two GDN checkpoints of a long prompt")
+    checkpoint_bytes: int | None = _setting(
+        None, "bytes of GDN checkpoints for prefix reuse; default: four per running request, if memory allows"
+    )
+    host_cache_bytes: int = _setting(0, "bytes of host memory for pages and checkpoints that were evicted; 0: none")
+    request_timeout: float | None = _setting(None, "seconds after which a request is ended; default: never")
+    watchdog: int = _setting(0, "engine steps between two checks of a random request's state by prefill; 0: off")
     max_model_len: int | None = _setting(
         None, "prompt + output tokens per request, at most; default: the checkpoint's, at most 32768"
     )
@@ -53,22 +77,39 @@ class EngineConfig:
         _require_choices(self)
         if not 0 <= self.mtp_step <= MAX_MTP_STEP:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
-        for name in ("max_running_requests", "chunked_prefill_size", "page_size"):
+        for name in ("max_running_requests", "chunked_prefill_size", "page_size", "checkpoint_interval"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_model_len", "max_total_tokens", "num_threads"):
+        for name in ("max_model_len", "max_total_tokens", "num_threads", "request_timeout"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be 0 or more")
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(f"--mem-fraction-static is {self.mem_fraction_static}, the range is above 0 and below 1")
+        if self.stream_slowdown < 1:
+            raise ConfigError(f"--stream-slowdown is {self.stream_slowdown}, it must be at least 1")
+        if self.prefix_cache == "off" and (self.checkpoint_bytes or self.host_cache_bytes):
+            raise ConfigError("--checkpoint-bytes and --host-cache-bytes need --prefix-cache on")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes the scheduler plans with; `mtp_step` is K."""
+    """Sizes the scheduler plans with; `mtp_step` is K. Without checkpoints there is no prefix cache.
+
+    `page_bytes` and `checkpoint_bytes` are the sizes of one of each, `host_cache_bytes` bounds both together.
+    """
 
     max_running_requests: int
     chunked_prefill_size: int
     page_size: int
     num_pages: int
     mtp_step: int
+    num_checkpoints: int = 0
+    checkpoint_interval: int = 1024
+    host_cache_bytes: int = 0
+    page_bytes: int = 1
+    checkpoint_bytes: int = 1
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages of a request that may write ahead of num_tokens committed ones."""
@@ -88,12 +129,12 @@ class ServerConfig:
     port: int = _setting(8000, "port to listen on")
     served_model_name: str | None = _setting(None, "model name in requests; default: the checkpoint directory's name")
     drain_timeout: float = _setting(30.0, "seconds that SIGTERM waits for requests in flight")
-    max_queued_requests: int = _setting(1024, "requests in the server, at most; more are answered 429")
+    max_queue: int = _setting(1024, "requests in the server, at most; more are answered 429")
     log_level: str = _setting("info", "log level", ("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         _require_choices(self)
-        _require_positive("max_queued_requests", self.max_queued_requests)
+        _require_positive("max_queue", self.max_queue)
         if self.drain_timeout < 0:
             raise ConfigError(f"--drain-timeout is {self.drain_timeout}, it must be 0 or more seconds")
         if not 0 <= self.port <= 65535:
@@ -109,8 +150,8 @@ def _require_choices(config: Any) -> None:
             )
 
 
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
         raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
 
 

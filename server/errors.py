@@ -34,10 +34,21 @@ class NotFound(TandemError):
 
 
 class QueueFull(TandemError):
-    """More requests are waiting than `--max-queued-requests` admits."""
+    """More requests are waiting than `--max-queue` admits."""
 
     status = 429
     type = "RateLimitError"
+
+
+class RequestTimeout(TandemError):
+    """The request's time (`timeout`, or `--request-timeout`) was over before its first token."""
+
+    status = 408
+    type = "TimeoutError"
+
+
+class ModelFailure(TandemError):
+    """The model gave logits that are not finite for this request, twice: its output cannot be trusted."""
 
 
 class EngineDead(TandemError):

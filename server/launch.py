@@ -82,7 +82,7 @@ async def _start(engine_config: EngineConfig, config: ServerConfig, engine: str)
         ready = await _wait_ready(channel, running, signals)
         if ready is None:
             return 0
-        client = EngineClient(channel, ready, config.max_queued_requests)
+        client = EngineClient(channel, ready, config.max_queue)
         name = config.served_model_name or directory.resolve().name
         services = build_services(name, int(time.time()), tokenizer, client, defaults)
         gc.freeze()

@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_tokens": (0, 2**31),
     "max_tokens": (1, 2**63 - 1),
     "logprobs": (0, 2**31),
+    "max_draft": (0, 2**31),
 }
 
 
@@ -36,7 +37,8 @@ class SamplingParams:
     Order of the transforms on float32 logits: min_tokens mask, logit_bias, repetition then frequency and presence
     penalty, temperature, min_p, top_k, top_p. A `temperature` below 1e-5 is greedy. `top_k` 0 is off. `logprobs` None
     is off, 0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before every
-    transform. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any
+    transform. `max_draft` bounds the drafts per step, 0 is plain decoding, None leaves it to the server; it changes
+    speed only. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any
     mtp_step.
     """
 
@@ -57,6 +59,7 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = None
     logprobs: int | None = None
+    max_draft: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -81,11 +84,18 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Generate:
-    """api -> engine: a new request. `prompt_token_ids` is not empty and fits the context limit."""
+    """api -> engine: a new request. `prompt_token_ids` is not empty and fits the context limit.
+
+    A lower `priority` is served first. After `timeout` seconds the request is ended. Requests reuse each other's prefix
+    only under the same `cache_salt`.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class TokenOutput:
 
     `logprobs` has one entry per token, or is empty when not asked for. `finish_reason` is None until the last message
     of the request; a stop token ends `token_ids` and is named by `stop_token_id` (None for eos). The counts are running
-    totals of the request: verify steps run, drafts proposed, drafts accepted.
+    totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused.
     """
 
     request_id: str
@@ -121,11 +131,12 @@ class TokenOutput:
     num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)
 class Failed:
-    """engine -> api: a request was refused. `error` is the class name in `errors.py`."""
+    """engine -> api: a request was refused, or has failed. `error` is the class name in `errors.py`."""
 
     request_id: str
     error: str
@@ -134,7 +145,13 @@ class Failed:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """engine -> api: gauges now, and counters since start. `accepted_per_position[i]` counts accepted i+1-th drafts."""
+    """engine -> api: gauges now, and counters since start.
+
+    `proposed_per_position[i]` and `accepted_per_position[i]` count i+1-th drafts, `requests_per_depth[d]` the requests
+    of verify steps that were run on d drafts. The gains are tokens per second over plain decoding, as the planner
+    expects and as it turned out; 1.0 without speculation. `cache_misses` counts admitted requests by reason;
+    `num_cached_tokens` of `num_prompt_tokens` were reused. `faults` counts what self-diagnosis found, by kind.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -148,6 +165,23 @@ class EngineStats:
     num_proposed: int = 0
     num_accepted: int = 0
     accepted_per_position: tuple[int, ...] = ()
+    proposed_per_position: tuple[int, ...] = ()
+    requests_per_depth: tuple[int, ...] = ()
+    predicted_gain: float = 1.0
+    measured_gain: float = 1.0
+    num_cached_pages: int = 0
+    num_checkpoints: int = 0
+    num_free_checkpoints: int = 0
+    host_cache_bytes_used: int = 0
+    num_cached_tokens: int = 0
+    num_cache_hits: int = 0
+    cache_misses: dict[str, int] = field(default_factory=dict)
+    num_evicted_pages: int = 0
+    num_evicted_checkpoints: int = 0
+    num_host_hits: int = 0
+    num_host_refused: int = 0
+    num_timeouts: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,13 @@ class EngineClient:
             raise self.failure
         if count > self._max_requests:
             raise InvalidRequest(
-                f"the request has {count} choices, the limit is {self._max_requests} (--max-queued-requests); "
+                f"the request has {count} choices, the limit is {self._max_requests} (--max-queue); "
                 "send fewer prompts or a smaller n"
             )
         if self.num_in_flight + count > self._max_requests:
             raise QueueFull(
                 f"{self.num_in_flight} requests are in the server and {count} would join, the limit is "
-                f"{self._max_requests} (--max-queued-requests); try again later"
+                f"{self._max_requests} (--max-queue); try again later"
             )
 
     def submit(self, requests: Sequence[Generate]) -> "Outputs":

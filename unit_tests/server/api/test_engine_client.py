@@ -77,7 +77,7 @@ def test_room_is_counted_in_requests_and_comes_back(make_serving) -> None:
     async def talk() -> None:
         async with serving.delivering():
             with serving.client.submit([_generate("a", FOREVER_ID)]):
-                with pytest.raises(QueueFull, match="--max-queued-requests"):
+                with pytest.raises(QueueFull, match="--max-queue"):
                     serving.client.submit([_generate("b"), _generate("c")])
                 serving.client.check_room(1)
                 with pytest.raises(InvalidRequest, match="has 3 choices, the limit is 2"):

@@ -156,7 +156,7 @@ def test_a_full_queue_is_429_and_starts_nothing(make_serving, stream: bool) -> N
     with serving.listening():
         with serving.client.submit([Generate("running", [FOREVER_ID], SamplingParams())]):
             answer = serving.http.post(COMPLETIONS, json={"prompt": [5], "n": 3, "stream": stream})
-            check_error(answer, 429, None, "--max-queued-requests")
+            check_error(answer, 429, None, "--max-queue")
             assert [message.request_id for message in serving.channel.sent] == ["running"]
             assert serving.client.num_in_flight == 1
         serving.complete([5], n=3)
@@ -169,7 +169,7 @@ def test_a_batch_that_can_never_fit_is_not_told_to_try_again(make_serving, strea
     serving = make_serving(max_requests=3)
     with serving.listening():
         answer = serving.http.post(COMPLETIONS, json={"prompt": [5], "n": 4, "stream": stream})
-        message = check_error(answer, 400, None, "--max-queued-requests")
+        message = check_error(answer, 400, None, "--max-queue")
         assert "try again" not in message
         assert serving.channel.sent == []
 
