@@ -7,10 +7,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from server import errors
 from server.config import EngineConfig
 from server.engine import Engine
-from server.errors import InvalidRequest
-from server.messages import FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
+from server.errors import InvalidRequest, TandemError
+from server.messages import (
+    FINISH_STOP,
+    Failed,
+    Generate,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+    count_kept_drafts,
+)
 from server.tokenizer import Detokenizer, Tokenizer
 
 __all__ = ["LLM", "Generate", "Output", "SamplingParams"]
@@ -21,7 +30,8 @@ class Output:
     """One prompt's result. A stop token is the last of `token_ids`; `text` is without it and cut at stop strings.
 
     `logprobs` has one entry per token when asked for. `num_steps`, `num_proposed` and `num_accepted` count verify
-    steps, proposed and accepted drafts.
+    steps, proposed and accepted drafts; `num_cached` prompt tokens were reused. A `finish_reason` of "abort" means that
+    the timeout was over.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -31,6 +41,7 @@ class Output:
     num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
+    num_cached: int = 0
 
     @property
     def accept_length(self) -> float:
@@ -59,33 +70,55 @@ class LLM:
         self,
         prompts: Sequence[str | list[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  (frozen)
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
     ) -> list[Output]:
         """Complete all prompts (texts, or token ids) together; one SamplingParams for all, or one each.
 
-        Raises InvalidRequest for what cannot be served; nothing is left behind then.
+        The other arguments are those of `Generate`, for each prompt. Raises InvalidRequest for what cannot be served,
+        RequestTimeout for a prompt without a token in time, ModelFailure; nothing is left behind then.
         """
         if isinstance(prompts, str):
             raise InvalidRequest("prompts is a string, a list of prompts is needed")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        jobs = self._submit(prompts, each)
+        jobs = self._submit(prompts, each, priority, timeout, cache_salt)
         for _ in self._run(jobs):
             pass
         return [job.output for job in jobs]
 
-    def stream(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> Iterator[Output]:  # noqa: B008
+    def stream(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams = SamplingParams(),  # noqa: B008
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+    ) -> Iterator[Output]:
         """One Output per step with what is new in it; the last one has the finish_reason. Leaving early aborts.
 
-        Streams may be read in turns, and `generate` called meanwhile.
+        Streams may be read in turns, and `generate` called meanwhile. Arguments and errors are those of `generate`.
         """
-        yield from self._run(self._submit([prompt], [params]))
+        yield from self._run(self._submit([prompt], [params], priority, timeout, cache_salt))
 
-    def _submit(self, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams]) -> "list[_Job]":
+    def _submit(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: Sequence[SamplingParams],
+        priority: int,
+        timeout: float | None,
+        cache_salt: str,
+    ) -> "list[_Job]":
+        if timeout is not None and not timeout > 0:
+            raise InvalidRequest(f"timeout is {timeout}, it must be above 0 seconds", "timeout")
         jobs: list[_Job] = []
         try:
             for prompt, sampling in zip(prompts, params, strict=True):
                 request_id = f"llm-{next(self._request_ids)}"
                 token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                self.engine.add(Generate(request_id, token_ids, sampling))
+                self.engine.add(Generate(request_id, token_ids, sampling, priority, timeout, cache_salt))
                 jobs.append(_Job(request_id, Detokenizer(self.tokenizer, sampling)))
         except InvalidRequest:
             self._end(jobs)
@@ -94,23 +127,27 @@ class LLM:
         return jobs
 
     def _run(self, jobs: "list[_Job]") -> Iterator[Output]:
-        """Step until all these jobs have ended, yielding what each step added to them."""
+        """Step until all these jobs have ended, yielding what each step added to them. Raises what made one fail."""
         try:
             while any(job.deltas or not job.has_ended for job in jobs):
                 for job in jobs:
-                    while job.deltas:
-                        yield job.deltas.popleft()
+                    yield from job.read()
                 if not all(job.has_ended for job in jobs):
                     self._step()
         finally:
             self._end(jobs)
 
     def _step(self) -> None:
-        """One engine step; every output goes to its job, whoever reads it."""
+        """One engine step; what it says goes to its job, whoever reads it, and nowhere if that is over already."""
         for message in self.engine.step():
-            job = self._jobs[message.request_id]
-            job.take(message)
-            if job.has_ended:
+            job = self._jobs.get(message.request_id)
+            if job is None:
+                continue
+            if isinstance(message, Failed):
+                job.error = getattr(errors, message.error)(message.message)
+            else:
+                job.take(message)
+            if job.has_ended or job.error is not None:
                 self._end([job])  # the engine still runs it if a stop string ended it
 
     def _end(self, jobs: "Sequence[_Job]") -> None:
@@ -121,16 +158,25 @@ class LLM:
 
 @dataclass
 class _Job:
-    """One prompt on its way: the whole output so far, and the parts that nobody has read yet."""
+    """One prompt on its way: the whole output so far, the parts that nobody has read yet, and why it failed, if so."""
 
     request_id: str
     detokenizer: Detokenizer
     output: Output = field(default_factory=Output)
     deltas: deque[Output] = field(default_factory=deque)
+    error: TandemError | None = None
 
     @property
     def has_ended(self) -> bool:
+        """All its output is here; false for one that failed."""
         return self.output.finish_reason is not None
+
+    def read(self) -> Iterator[Output]:
+        """What nobody has read yet; then raises the error of a job that failed."""
+        while self.deltas:
+            yield self.deltas.popleft()
+        if self.error is not None:
+            raise self.error
 
     def take(self, message: TokenOutput) -> None:
         """Add a step's tokens, cut at the first stop string."""
@@ -142,18 +188,30 @@ class _Job:
         if self.detokenizer.stop_match is not None:
             finish_reason = FINISH_STOP
         num_new = self.detokenizer.num_used - num_before
-        num_cut = len(message.token_ids) - num_new
+        num_proposed, num_accepted = self._count_drafts(message, num_new)
         delta = Output(
             token_ids=message.token_ids[:num_new],
             text=text,
             finish_reason=finish_reason,
             logprobs=message.logprobs[:num_new],
             num_steps=message.num_steps,
-            num_proposed=message.num_proposed,
-            num_accepted=message.num_accepted - max(0, num_cut - 1),  # the last of a step's tokens is no draft
+            num_proposed=num_proposed,
+            num_accepted=num_accepted,
+            num_cached=message.num_cached,
         )
         self.deltas.append(delta)
         self._add(delta)
+
+    def _count_drafts(self, message: TokenOutput, num_new: int) -> tuple[int, int]:
+        """(proposed, accepted) so far, without what a stop string cut off."""
+        proposed, accepted = message.num_proposed, message.num_accepted
+        if self.detokenizer.stop_match is None:
+            return proposed, accepted
+        before = self.output
+        return (
+            count_kept_drafts(before.num_proposed, proposed, num_new),
+            count_kept_drafts(before.num_accepted, accepted, num_new),
+        )
 
     def _add(self, delta: Output) -> None:
         output = self.output
@@ -162,4 +220,4 @@ class _Job:
         output.logprobs += delta.logprobs
         output.finish_reason = delta.finish_reason
         output.num_steps, output.num_proposed = delta.num_steps, delta.num_proposed
-        output.num_accepted = delta.num_accepted
+        output.num_accepted, output.num_cached = delta.num_accepted, delta.num_cached

@@ -134,6 +134,12 @@ class TokenOutput:
     num_cached: int = 0
 
 
+def count_kept_drafts(before: int, after: int, num_kept: int) -> int:
+    """The running total of drafts when a stop string keeps the first `num_kept` tokens of the step that led from
+    `before` to `after`: the step then counts like one that ends there by itself, up to its last token."""
+    return before + min(num_kept, after - before)
+
+
 @dataclass(frozen=True)
 class Failed:
     """engine -> api: a request was refused, or has failed. `error` is the class name in `errors.py`."""

@@ -11,6 +11,7 @@ from server.api.logprobs import chat_logprobs
 from server.api.requests import read_stream, respond
 from server.api.sampling import MAX_CHOICES, Limits, read_max_tokens, read_num_logprobs, read_sampling
 from server.api.services import Services
+from server.api.terms import read_terms
 from server.errors import InvalidRequest
 from server.tokenizer import Tokenizer
 
@@ -35,8 +36,8 @@ def read_chat_job(fields: Fields, services: Services) -> Job:
         logprobs=_read_logprobs(fields, services.limits),
     )
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
-    how = read_stream(fields)
-    return Job(prompts=[services.prompts.read_messages(fields)], sampling=sampling, n=n, **how)
+    how, terms = read_stream(fields), read_terms(fields)
+    return Job(prompts=[services.prompts.read_messages(fields)], sampling=sampling, n=n, terms=terms, **how)
 
 
 class ChatFormat:

@@ -12,6 +12,7 @@ from server.api.prompts import MAX_PROMPTS
 from server.api.requests import read_stream, respond
 from server.api.sampling import MAX_CHOICES, read_max_tokens, read_num_logprobs, read_sampling
 from server.api.services import Services
+from server.api.terms import read_terms
 from server.errors import InvalidRequest
 from server.messages import SamplingParams
 from server.tokenizer import Tokenizer
@@ -39,11 +40,11 @@ def read_completion_job(fields: Fields, services: Services) -> Job:
         logprobs=read_num_logprobs(fields, "logprobs", limits),
     )
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
-    how = read_stream(fields)
+    how, terms = read_stream(fields), read_terms(fields)
     prompts = services.prompts.read_prompts(fields)
     if len(prompts) * n > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts with n = {n} are over the limit of {MAX_PROMPTS} choices", "n")
-    return Job(prompts=prompts, sampling=sampling, n=n, **how)
+    return Job(prompts=prompts, sampling=sampling, n=n, terms=terms, **how)
 
 
 class CompletionFormat:

@@ -73,10 +73,12 @@ class Fields:
         value = self.value(name)
         return default if value is None else require_boolean(self.name(name), value)
 
-    def integer(self, name: str, default: int | None, low: int = INT64_MIN, high: int = INT64_MAX) -> int | None:
-        """A whole number in low..high."""
+    def integer(
+        self, name: str, default: int | None, low: int = INT64_MIN, high: int = INT64_MAX, flag: str = ""
+    ) -> int | None:
+        """A whole number in low..high, which the command-line flag `flag` may have set."""
         value = self.value(name)
-        return default if value is None else require_integer(self.name(name), value, low, high)
+        return default if value is None else require_integer(self.name(name), value, low, high, flag)
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         """A finite number in low..high."""
@@ -144,12 +146,12 @@ def require_boolean(name: str, value: Any) -> bool:
     return value
 
 
-def require_integer(name: str, value: Any, low: int, high: int) -> int:
-    """`value` if it is a whole number in low..high, else InvalidRequest."""
+def require_integer(name: str, value: Any, low: int, high: int, flag: str = "") -> int:
+    """`value` if it is a whole number in low..high, else InvalidRequest; it names the `flag` that sets the range."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise _mistake(name, value, "an integer")
     if not low <= value <= high:
-        raise _mistake(name, value, f"in {low}..{high}")
+        raise _mistake(name, value, f"in {low}..{high}" + (f" ({flag})" if flag else ""))
     return value
 
 

@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from server.api.engine_client import EngineClient
 from server.api.metrics import Metrics, RequestClock
 from server.api.sampling import choice_sampling
-from server.messages import FINISH_ABORT, FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
+from server.api.terms import Terms
+from server.messages import (
+    FINISH_ABORT,
+    FINISH_STOP,
+    Generate,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+    count_kept_drafts,
+)
 from server.tokenizer import Detokenizer, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a request asks for: `n` choices for each prompt, and how to send them."""
+    """What a request asks for: `n` choices for each prompt, on which terms, and how to send them."""
 
     prompts: list[list[int]]
     sampling: SamplingParams
     n: int
+    terms: Terms
     stream: bool
     include_usage: bool = False
     continuous_usage: bool = False
@@ -48,6 +58,7 @@ class Choice:
         self.index = index
         self.num_accepted = 0
         self.num_proposed = 0
+        self.num_cached = 0
         self.finish_reason: str | None = None
 
     @property
@@ -64,7 +75,7 @@ class Choice:
         matched = detokenizer.stop_match
         self.finish_reason = output.finish_reason if matched is None else FINISH_STOP
         num_new = self.num_tokens - num_before
-        self._count_drafts(output, num_new, was_cut=matched is not None)
+        self._count(output, num_new, was_cut=matched is not None)
         self._clock.count_tokens(num_new)
         if self.finish_reason is not None:
             self._clock.end(self.finish_reason)
@@ -73,13 +84,12 @@ class Choice:
             self.index, text, output.token_ids[:num_new], output.logprobs[:num_new], self.finish_reason, stop_reason
         )
 
-    def _count_drafts(self, output: TokenOutput, num_new: int, was_cut: bool) -> None:
-        """A step that a stop string cut counts as the engine counts one that it ends itself: up to its last token."""
+    def _count(self, output: TokenOutput, num_new: int, was_cut: bool) -> None:
         num_accepted, num_proposed = output.num_accepted, output.num_proposed
         if was_cut:
-            num_accepted = self.num_accepted + min(num_new, num_accepted - self.num_accepted)
-            num_proposed = self.num_proposed + min(num_new, num_proposed - self.num_proposed)
-        self.num_accepted, self.num_proposed = num_accepted, num_proposed
+            num_accepted = count_kept_drafts(self.num_accepted, num_accepted, num_new)
+            num_proposed = count_kept_drafts(self.num_proposed, num_proposed, num_new)
+        self.num_accepted, self.num_proposed, self.num_cached = num_accepted, num_proposed, output.num_cached
 
     def close(self) -> None:
         """The request is over; a choice without a finish reason was aborted."""
@@ -103,7 +113,8 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Everything that is generated, the choices mixed. Closing it early aborts what still runs.
 
-        Raises what `EngineClient.submit` raises, and InvalidRequest if the engine refuses the request.
+        Raises what `EngineClient.submit` raises, and the error of a choice that the engine refuses, that it does not
+        come to in time or that fails: one choice takes the others along.
         """
         with self._client.submit(self._requests()) as outputs:
             try:
@@ -127,17 +138,30 @@ class Generation:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._count_cached()},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": num_accepted,
                 "rejected_prediction_tokens": num_proposed - num_accepted,
             },
         }
 
+    def _count_cached(self) -> int:
+        """Reused tokens of the prompts, each as its first choice found it: the others find what that one computed."""
+        firsts = self.choices[:: self._job.n]
+        return sum(min(c.num_cached, len(prompt)) for c, prompt in zip(firsts, self._job.prompts, strict=True))
+
     def _requests(self) -> list[Generate]:
+        terms = self._job.terms
         samplings = [choice_sampling(self._job.sampling, index) for index in range(self._job.n)]
         return [
-            Generate(f"{self._prefix}-{p * self._job.n + i}", prompt, sampling)
+            Generate(
+                f"{self._prefix}-{p * self._job.n + i}",
+                prompt,
+                sampling,
+                priority=terms.priority,
+                timeout=terms.timeout,
+                cache_salt=terms.cache_salt,
+            )
             for p, prompt in enumerate(self._job.prompts)
             for i, sampling in enumerate(samplings)
         ]

@@ -5,7 +5,7 @@ speculation figures are the engine's own, read from its last message. Knows neit
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -17,7 +17,27 @@ from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStat
 OWN_PREFIX = "tandem:"
 ALIAS_PREFIX = "vllm:"
 # Ours alone: no other server has them under these names.
-_NOT_ALIASED = ("num_requests_aborted", "accept_length", "num_steps")
+_NOT_ALIASED = (
+    "num_requests_aborted",
+    "request_timeouts",
+    "engine_faults",
+    "num_steps",
+    "accept_length",
+    "spec_decode_num_draft_tokens_per_pos",
+    "spec_decode_requests_per_depth",
+    "spec_decode_predicted_gain",
+    "spec_decode_measured_gain",
+    "prefix_cache_requests_hit",
+    "prefix_cache_requests_missed",
+    "prefix_cache_pages",
+    "prefix_cache_checkpoints_used",
+    "prefix_cache_checkpoints_free",
+    "prefix_cache_evicted_pages",
+    "prefix_cache_evicted_checkpoints",
+    "prefix_cache_host_bytes_used",
+    "prefix_cache_host_hits",
+    "prefix_cache_host_refused",
+)
 _LABELS = ("model_name", "engine")
 _FINISH_REASONS = (FINISH_STOP, FINISH_LENGTH, FINISH_ABORT)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
@@ -38,7 +58,9 @@ class Metrics:
         self._exposed.register(_AliasCollector(self._own))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a first token.")
         self.generation_tokens = self._counter("generation_tokens", "Output tokens handed to clients.")
-        self.aborted = self._counter("num_requests_aborted", "Requests whose client went away, or that failed.")
+        self.aborted = self._counter(
+            "num_requests_aborted", "Requests whose client left, or that failed or ran out of time."
+        )
         self._success = Counter(
             OWN_PREFIX + "request_success",
             "Requests by finish reason.",
@@ -129,18 +151,57 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """One family per figure."""
         stats = self._read_stats()
+        yield from self._scheduling(stats)
+        yield from self._prefix_cache(stats)
+        yield from self._speculation(stats)
+        yield self._counter("request_timeouts", "Requests ended because their time was over.", stats.num_timeouts)
+        yield self._counters("engine_faults", "What self-diagnosis found.", "kind", stats.faults)
+
+    def _scheduling(self, stats: EngineStats) -> Iterable[Metric]:
         used = 1 - stats.num_free_pages / stats.num_pages if stats.num_pages else 0.0
-        length = 1 + stats.num_accepted / stats.num_verify_steps if stats.num_verify_steps else 0.0
         yield self._gauge("num_requests_running", "Requests that hold a row.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Requests that wait for a row.", stats.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV pages in use, 0..1.", used)
-        yield self._gauge("accept_length", "Tokens per verify step since start.", length)
         yield self._counter("num_steps", "Engine steps.", stats.num_steps)
         yield self._counter("num_preemptions", "Requests sent back for want of pages.", stats.num_preemptions)
-        yield self._counter("spec_decode_num_drafts", "Verify steps of requests.", stats.num_verify_steps)
-        yield self._counter("spec_decode_num_draft_tokens", "Tokens drafted.", stats.num_proposed)
-        yield self._counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted)
-        yield self._per_position(stats.accepted_per_position)
+
+    def _prefix_cache(self, stats: EngineStats) -> Iterable[Metric]:
+        name = "prefix_cache_"
+        yield self._counter(name + "queries", "Prompt tokens that were looked up.", stats.num_prompt_tokens)
+        yield self._counter(name + "hits", "Prompt tokens that were found.", stats.num_cached_tokens)
+        yield self._counter(name + "requests_hit", "Requests that reused a prefix.", stats.num_cache_hits)
+        yield self._counters(
+            name + "requests_missed", "Requests that reused none, by reason.", "reason", stats.cache_misses
+        )
+        yield self._gauge(name + "pages", "KV pages whose contents can be reused.", stats.num_cached_pages)
+        yield self._gauge(name + "checkpoints_used", "GDN checkpoints on the device.", stats.num_checkpoints)
+        yield self._gauge(name + "checkpoints_free", "Room for more of them.", stats.num_free_checkpoints)
+        yield self._counter(name + "evicted_pages", "Pages that left the device.", stats.num_evicted_pages)
+        yield self._counter(
+            name + "evicted_checkpoints", "Checkpoints that left the device.", stats.num_evicted_checkpoints
+        )
+        yield self._gauge(name + "host_bytes_used", "Host memory of evicted ones.", stats.host_cache_bytes_used)
+        yield self._counter(name + "host_hits", "Reuses that brought some back from the host.", stats.num_host_hits)
+        yield self._counter(name + "host_refused", "Host copies that were damaged.", stats.num_host_refused)
+
+    def _speculation(self, stats: EngineStats) -> Iterable[Metric]:
+        length = 1 + stats.num_accepted / stats.num_verify_steps if stats.num_verify_steps else 0.0
+        name = "spec_decode_"
+        proposed, accepted = stats.proposed_per_position, stats.accepted_per_position
+        yield self._gauge("accept_length", "Tokens per verify step since start.", length)
+        yield self._counter(name + "num_drafts", "Verify steps of requests.", stats.num_verify_steps)
+        yield self._counter(name + "num_draft_tokens", "Tokens drafted.", stats.num_proposed)
+        yield self._counter(name + "num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted)
+        yield self._per_index(name + "num_draft_tokens_per_pos", "Tokens drafted, by draft.", "position", proposed)
+        yield self._per_index(
+            name + "num_accepted_tokens_per_pos", "Drafted tokens accepted, by draft.", "position", accepted
+        )
+        yield self._per_index(
+            name + "requests_per_depth", "Requests of verify steps, by drafts.", "depth", stats.requests_per_depth
+        )
+        gain = "Tokens per second over plain decoding, "
+        yield self._gauge(name + "predicted_gain", gain + "as the planner expects.", stats.predicted_gain)
+        yield self._gauge(name + "measured_gain", gain + "as it turned out.", stats.measured_gain)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(OWN_PREFIX + name, help, labels=_LABELS)
@@ -152,12 +213,14 @@ class _EngineCollector(Collector):
         family.add_metric(self._labels, value)
         return family
 
-    def _per_position(self, accepted: tuple[int, ...]) -> Metric:
-        name = OWN_PREFIX + "spec_decode_num_accepted_tokens_per_pos"
-        family = CounterMetricFamily(name, "Drafted tokens accepted, by draft.", labels=(*_LABELS, "position"))
-        for position, value in enumerate(accepted):
-            family.add_metric((*self._labels, str(position)), value)
+    def _counters(self, name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(OWN_PREFIX + name, help, labels=(*_LABELS, label))
+        for key, value in values.items():
+            family.add_metric((*self._labels, key), value)
         return family
+
+    def _per_index(self, name: str, help: str, label: str, values: Sequence[float]) -> Metric:
+        return self._counters(name, help, label, {str(index): value for index, value in enumerate(values)})
 
 
 class _AliasCollector(Collector):

@@ -17,13 +17,14 @@ from server.api.generation import Choice, Delta, Generation, Job
 from server.api.prompts import PROMPT_FIELDS
 from server.api.sampling import SAMPLING_FIELDS
 from server.api.services import Services
+from server.api.terms import TERM_FIELDS
 from server.api.transport import ClientGone, EventStream, encode_event, read_body, run_until_disconnect
 from server.errors import InvalidRequest, NotFound
 
 # Known fields that change the answer and are not served: ignoring them would give a wrong answer silently.
 _UNSERVED = ("tools", "response_format", "structured_outputs", "echo", "suffix", "prompt_logprobs")
 _HARMLESS: tuple[object, ...] = (False, "", [], {"type": "text"})
-_REQUEST = known_fields("model", "stream", "stream_options", *PROMPT_FIELDS, *SAMPLING_FIELDS, *_UNSERVED)
+_REQUEST = known_fields("model", "stream", "stream_options", *PROMPT_FIELDS, *SAMPLING_FIELDS, *TERM_FIELDS, *_UNSERVED)
 _CLIENT_CLOSED = 499
 
 

@@ -31,6 +31,7 @@ SAMPLING_FIELDS = (
     "logprobs",
     "top_logprobs",
     "n",
+    "speculative",
 )
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -43,6 +44,7 @@ _MAX_BIAS = 100.0
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 0.01, 100.0
 # Less than one token in a million can say: float32 sums of probabilities end there.
 _MIN_TOP_P = 1e-6
+_SPECULATIVE = known_fields("enabled", "max_draft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Limits:
 
     max_model_len: int
     vocab_size: int
+    mtp_step: int
     defaults: SamplingParams
 
 
@@ -82,6 +85,7 @@ def read_sampling(fields: Fields, limits: Limits) -> SamplingParams:
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         ignore_eos=fields.boolean("ignore_eos", False),
         min_tokens=fields.integer("min_tokens", 0, 0, limits.max_model_len) or 0,
+        max_draft=_read_max_draft(fields, limits.mtp_step),
     )
 
 
@@ -125,6 +129,15 @@ def _read_shape(fields: Fields, defaults: SamplingParams, vocab_size: int) -> Sa
             "repetition_penalty", defaults.repetition_penalty, _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY
         ),
     )
+
+
+def _read_max_draft(fields: Fields, mtp_step: int) -> int | None:
+    """The most drafts per step that `speculative` asks for; None leaves it to the server."""
+    if not fields.has("speculative"):
+        return None
+    speculative = Fields(_SPECULATIVE, fields.raw("speculative"), fields.name("speculative"))
+    max_draft = speculative.integer("max_draft", None, 0, mtp_step, "--mtp-step")
+    return max_draft if speculative.boolean("enabled", True) else 0
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:

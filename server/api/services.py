@@ -46,7 +46,12 @@ def build_services(
         created=created,
         tokenizer=tokenizer,
         client=client,
-        limits=Limits(max_model_len=ready.max_model_len, vocab_size=ready.vocab_size, defaults=defaults),
+        limits=Limits(
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            mtp_step=ready.mtp_step,
+            defaults=defaults,
+        ),
         prompts=PromptReader(tokenizer, ready.max_model_len, ready.vocab_size),
         metrics=Metrics(model_name, lambda: client.stats),
         readers=ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="reader"),

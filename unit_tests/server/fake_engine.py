@@ -1,7 +1,8 @@
 """An engine without a model: it answers a prompt with the prompt's own tokens, several per step.
 
 Deterministic, so a test chooses the output by choosing the prompt. `--mtp-step k` gives k + 1 tokens per step, of which
-k count as accepted drafts. A prompt that begins with one of the ids below has a special effect.
+k count as accepted drafts. A prompt that begins with one of the ids below has a special effect. A step takes a second
+of a request's `timeout`. A prompt that comes again with the same `cache_salt` reuses all but its last token.
 """
 
 import os
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from server.config import EngineConfig
 from server.errors import CheckpointError, InvalidRequest
 from server.messages import (
+    FINISH_ABORT,
     FINISH_LENGTH,
     FINISH_STOP,
     EngineStats,
+    Failed,
     Generate,
     Ready,
     TokenLogprobs,
@@ -23,13 +26,15 @@ from server.messages import (
 MAX_MODEL_LEN = 256
 VOCAB_SIZE = 400
 EOS_ID = 2
-# First prompt token -> what happens when the request is added or stepped.
-RAISE_ID, EXIT_ID, REFUSE_ID, FOREVER_ID, LONG_ID = 390, 391, 392, 393, 394
+# First prompt token -> what happens when the request is added or stepped; a broken one fails after its first token.
+RAISE_ID, EXIT_ID, REFUSE_ID, FOREVER_ID, LONG_ID, BROKEN_ID = 390, 391, 392, 393, 394, 395
 
 
 @dataclass
 class _Running:
     request: Generate
+    num_cached: int
+    num_turns: int = 0
     num_output: int = 0
     num_steps: int = 0
     num_accepted: int = 0
@@ -46,13 +51,18 @@ class FakeEngine:
         self.ready = Ready(MAX_MODEL_LEN, VOCAB_SIZE, (EOS_ID,), config.mtp_step)
         self.aborted: list[str] = []
         self._running: dict[str, _Running] = {}
-        self._num_accepted = self._num_proposed = self._num_verify_steps = self._num_steps = 0
+        self._remembered: set[tuple[str, tuple[int, ...]]] = set()
+        self._num_accepted = self._num_proposed = self._num_verify_steps = self._num_steps = self._num_timeouts = 0
 
     def add(self, request: Generate) -> None:
         """Start a request."""
-        if request.prompt_token_ids[0] == REFUSE_ID:
+        prompt, salt = tuple(request.prompt_token_ids), request.cache_salt
+        if prompt[0] == REFUSE_ID:
             raise InvalidRequest("the engine refuses this prompt", "prompt")
-        self._running[request.request_id] = _Running(request)
+        num_cached = len(prompt) - 1 if (salt, prompt) in self._remembered else 0
+        if salt:
+            self._remembered.add((salt, prompt))
+        self._running[request.request_id] = _Running(request, num_cached)
 
     def abort(self, request_id: str) -> None:
         """Forget a request."""
@@ -63,13 +73,13 @@ class FakeEngine:
         """Whether a request runs."""
         return bool(self._running)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> list[TokenOutput | Failed]:
         """Give every request its next tokens. It takes a millisecond: endless requests must leave CPU to others."""
         time.sleep(0.001)
         self._num_steps += 1
-        outputs = [self._advance(running) for running in list(self._running.values())]
+        outputs = [self._take_turn(running) for running in list(self._running.values())]
         for output in outputs:
-            if output.finish_reason is not None:
+            if isinstance(output, Failed) or output.finish_reason is not None:
                 del self._running[output.request_id]
         return outputs
 
@@ -84,7 +94,20 @@ class FakeEngine:
             num_proposed=self._num_proposed,
             num_accepted=self._num_accepted,
             accepted_per_position=(self._num_verify_steps,) * self.ready.mtp_step,
+            num_timeouts=self._num_timeouts,
         )
+
+    def _take_turn(self, running: _Running) -> TokenOutput | Failed:
+        request_id, timeout = running.request.request_id, running.request.timeout
+        running.num_turns += 1
+        if running.request.prompt_token_ids[0] == BROKEN_ID and running.num_output:
+            return Failed(request_id, "ModelFailure", "the logits are not finite")
+        if timeout is None or running.num_turns <= timeout:
+            return self._advance(running)
+        self._num_timeouts += 1
+        if running.num_output == 0:
+            return Failed(request_id, "RequestTimeout", "the request's time was over before its first token")
+        return self._output(running, [], FINISH_ABORT, None)
 
     def _advance(self, running: _Running) -> TokenOutput:
         prompt, sampling = running.request.prompt_token_ids, running.request.sampling
@@ -112,7 +135,12 @@ class FakeEngine:
                 break
         if running.num_output > len(token_ids):
             self._count_verify(running, len(token_ids) - 1)
-        num_logprobs = sampling.logprobs
+        return self._output(running, token_ids, finish_reason, stop_id)
+
+    def _output(
+        self, running: _Running, token_ids: list[int], finish_reason: str | None, stop_id: int | None
+    ) -> TokenOutput:
+        num_logprobs = running.request.sampling.logprobs
         logprobs = [] if num_logprobs is None else [_logprobs(token_id, num_logprobs) for token_id in token_ids]
         return TokenOutput(
             running.request.request_id,
@@ -123,6 +151,7 @@ class FakeEngine:
             running.num_steps,
             running.num_steps * self.ready.mtp_step,
             running.num_accepted,
+            running.num_cached,
         )
 
     def _count_verify(self, running: _Running, num_accepted: int) -> None:

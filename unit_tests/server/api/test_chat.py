@@ -71,6 +71,24 @@ def test_max_completion_tokens_wins_over_max_tokens(serving: Serving) -> None:
     assert serving.chat("x", max_tokens=5, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
 
 
+def test_a_timeout_after_the_first_token_ends_the_message_with_abort(serving: Serving) -> None:
+    fields = {"timeout": 2.5, "logprobs": True}
+    choice = serving.chat(TEXT, **fields)["choices"][0]
+    events = serving.events(PATH, messages=[{"role": "user", "content": TEXT}], **fields)
+    choices = [event["choices"][0] for event in events]
+    assert choice["finish_reason"] == choices[-1]["finish_reason"] == "abort"
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == choice["message"]["content"]
+    assert ANSWER.startswith(choice["message"]["content"])
+    assert len(choice["logprobs"]["content"]) == 4
+    assert choices[-1]["delta"] == {} and choices[-1]["logprobs"] is None
+
+
+def test_reused_prompt_tokens_are_counted(serving: Serving) -> None:
+    usages = [serving.chat(TEXT, cache_salt="mine", n=2)["usage"] for _ in range(2)]
+    num_prompt = usages[0]["prompt_tokens"]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, num_prompt - 1]
+
+
 @pytest.mark.parametrize("num_top", [0, 2])
 @pytest.mark.parametrize("stream", [True, False])
 def test_logprobs_have_one_entry_per_token_with_exactly_the_alternatives_asked_for(

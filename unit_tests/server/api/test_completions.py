@@ -139,6 +139,56 @@ def test_max_tokens_is_cut_to_the_context(serving: Serving) -> None:
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_timeout_after_the_first_token_ends_the_text_with_abort(
+    serving: Serving, stream: bool, logprobs: int | None
+) -> None:
+    ids = serving.tokenizer.encode("the fox")
+    fields = {"prompt": "the fox", "max_tokens": 99, "timeout": 2, "stop": "!", "logprobs": logprobs}
+    if stream:
+        events = serving.events(PATH, **fields, stream_options={"include_usage": True})
+        text, last, usage = _join(events), events[-2]["choices"][0], events[-1]["usage"]
+        assert last["logprobs"] is None
+    else:
+        answer = serving.complete(**fields)
+        last, usage = answer["choices"][0], answer["usage"]
+        text = last["text"]
+        assert logprobs is None or len(last["logprobs"]["tokens"]) == 4
+    assert text == serving.tokenizer.decode((ids * 4)[:4])
+    assert (last["finish_reason"], last["stop_reason"]) == ("abort", None)
+    assert usage["completion_tokens"] == 4
+    assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
+    assert serving.gauge("tandem:num_requests_aborted_total") == 1
+
+
+def test_text_held_back_comes_with_the_abort(serving: Serving) -> None:
+    choice = serving.complete("the fox", timeout=1, stop=serving.tokenizer.decode([5]) + "!", max_tokens=9)["choices"][
+        0
+    ]
+    first = serving.tokenizer.encode("the fox")[0]
+    assert (choice["text"], choice["finish_reason"]) == (serving.tokenizer.decode([first]), "abort")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_reused_tokens_of_every_prompt_are_counted_once(serving: Serving, stream: bool) -> None:
+    for second_len, num_cached in ((5, 0), (6, 2 + 0), (5, 2 + 4)):
+        prompts = [[10, 11, 12], [20] * second_len]
+        fields = {"n": 3, "max_tokens": 2, "cache_salt": "mine"}
+        if stream:
+            usage = serving.events(PATH, prompt=prompts, **fields, stream_options={"include_usage": True})[-1]["usage"]
+        else:
+            usage = serving.complete(prompts, **fields)["usage"]
+        assert usage["prompt_tokens"] == sum(map(len, prompts))
+        assert usage["prompt_tokens_details"] == {"cached_tokens": num_cached}
+
+
+def test_prompts_under_different_salts_share_nothing(serving: Serving) -> None:
+    for salt, num_cached in (("mine", 0), ("yours", 0), ("mine", 2), (None, 0)):
+        usage = serving.complete([10, 11, 12], max_tokens=2, cache_salt=salt)["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": num_cached}
+
+
 @pytest.mark.parametrize(("asked", "entries"), [(0, 1), (1, 1), (3, 3)])
 @pytest.mark.parametrize("stream", [True, False])
 def test_logprobs_have_one_entry_per_token_and_finite_numbers(

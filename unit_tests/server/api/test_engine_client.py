@@ -1,13 +1,14 @@
 """Every request ends: with a finish reason, an error or an abort."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from server.errors import EngineDead, InvalidRequest, QueueFull
+from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import Abort, Generate, SamplingParams, TokenOutput
 from unit_tests.server.api.conftest import Serving
-from unit_tests.server.fake_engine import FOREVER_ID, REFUSE_ID
+from unit_tests.server.fake_engine import BROKEN_ID, FOREVER_ID, REFUSE_ID
 
 
 def _generate(request_id: str, first_id: int = 5, max_tokens: int = 4) -> Generate:
@@ -68,6 +69,28 @@ def test_a_refused_request_raises_its_error_and_takes_its_siblings_along(make_se
     with pytest.raises(InvalidRequest, match="refuses"):
         asyncio.run(talk())
     assert serving.channel.sent[-1] == Abort("good")
+    assert serving.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"), [({"timeout": 0.5}, RequestTimeout), ({"prompt": BROKEN_ID}, ModelFailure)]
+)
+def test_a_request_that_fails_later_raises_its_error_and_takes_its_siblings_along(
+    make_serving, fields: dict[str, Any], kind: type[TandemError]
+) -> None:
+    serving: Serving = make_serving()
+    prompt = [fields.pop("prompt", 5), 6]
+
+    async def talk() -> None:
+        async with serving.delivering():
+            bad = Generate("bad", prompt, SamplingParams(max_tokens=9), **fields)
+            with serving.client.submit([_generate("good", FOREVER_ID), bad]) as outputs:
+                async for _ in outputs:
+                    pass
+
+    with pytest.raises(kind):
+        asyncio.run(talk())
+    assert [message for message in serving.channel.sent if isinstance(message, Abort)] == [Abort("good")]
     assert serving.client.num_in_flight == 0
 
 

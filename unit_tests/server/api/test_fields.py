@@ -52,6 +52,13 @@ def test_a_field_of_an_inner_object_is_named_in_full() -> None:
     assert caught.value.param == "messages[3].role"
 
 
+def test_a_range_that_a_flag_sets_is_shown_with_the_flag() -> None:
+    fields = Fields(known_fields("a"), b'{"a": 9}')
+    assert fields.integer("a", None, 0, 9, "--most") == 9
+    with pytest.raises(InvalidRequest, match=r"^a is 9, it must be in 0\.\.8 \(--most\)$"):
+        fields.integer("a", None, 0, 8, "--most")
+
+
 @pytest.mark.parametrize("body", [b"[]", b"null", b"{", b"\xff"])
 def test_what_is_wrong_with_the_body_as_a_whole_is_no_fields_fault(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="the body") as caught:

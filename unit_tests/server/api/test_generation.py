@@ -2,9 +2,10 @@
 
 import pytest
 
-from server.api.generation import Choice, Delta
+from server.api.generation import Choice, Delta, Generation, Job
 from server.api.metrics import Metrics
-from server.messages import FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams, TokenOutput
+from server.api.terms import Terms
+from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams, TokenOutput
 from server.tokenizer import Detokenizer, Tokenizer
 
 
@@ -67,6 +68,25 @@ def test_drafts_of_earlier_steps_count_whole_when_a_stop_string_cuts_a_later_one
     choice.take(TokenOutput("r", ids[2:6], num_proposed=8, num_accepted=4))
     assert choice.num_tokens == 4
     assert (choice.num_proposed, choice.num_accepted) == (6, 3)
+
+
+def test_an_end_without_tokens_leaves_all_counts_as_they_are(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=("never",), logprobs=1))
+    choice.take(TokenOutput("r", [5], num_proposed=4, num_accepted=1, num_cached=3))
+    last = choice.take(TokenOutput("r", [], [], FINISH_ABORT, num_proposed=4, num_accepted=1, num_cached=3))
+    assert (last.token_ids, last.logprobs, last.finish_reason) == ([], [], FINISH_ABORT)
+    assert (choice.num_tokens, choice.num_proposed, choice.num_accepted, choice.num_cached) == (1, 4, 1, 3)
+    choice.close()
+    assert b'tandem:num_requests_aborted_total{engine="0",model_name="tiny"} 1.0' in metrics.render()
+
+
+def test_no_more_cached_tokens_are_counted_than_the_prompts_have(make_serving) -> None:
+    services = make_serving().services
+    job = Job(prompts=[[5, 6], [7] * 9], sampling=SamplingParams(), n=2, terms=Terms(), stream=False)
+    generation = Generation(job, services.tokenizer, services.client, services.metrics)
+    for choice, num_cached in zip(generation.choices, (50, 1, 4, 8), strict=True):
+        choice.take(TokenOutput("r", [5], num_cached=num_cached))
+    assert generation.usage()["prompt_tokens_details"] == {"cached_tokens": 2 + 4}
 
 
 def test_a_choice_closed_before_its_end_counts_as_aborted(tokenizer: Tokenizer, metrics: Metrics) -> None:

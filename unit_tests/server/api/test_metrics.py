@@ -1,7 +1,41 @@
 """Counts are exact, and the well-known names are there."""
 
+import pytest
+
+from server.api.metrics import Metrics
+from server.messages import EngineStats
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_transport import run_and_leave
+
+STATS = EngineStats(
+    num_prompt_tokens=101,
+    num_cached_tokens=102,
+    num_cache_hits=103,
+    cache_misses={"no checkpoint": 104, "too short": 0},
+    num_cached_pages=105,
+    num_checkpoints=106,
+    num_free_checkpoints=107,
+    num_evicted_pages=108,
+    num_evicted_checkpoints=109,
+    host_cache_bytes_used=110,
+    num_host_hits=111,
+    num_host_refused=112,
+    proposed_per_position=(113, 114),
+    accepted_per_position=(115, 116),
+    requests_per_depth=(117, 118, 119),
+    predicted_gain=1.25,
+    measured_gain=1.5,
+    num_timeouts=120,
+    faults={"non_finite": 121, "divergence": 0},
+)
+
+
+def _lines(text: str, name: str) -> list[str]:
+    """The samples of a metric, without the labels that all have."""
+    found = [line.removeprefix(name) for line in text.splitlines() if line.startswith(name + "{")]
+    for label in ('engine="0",', 'model_name="tiny",', ',model_name="tiny"', 'model_name="tiny"'):
+        found = [line.replace(label, "") for line in found]
+    return found
 
 
 def test_counters_equal_the_sums_of_usage(serving: Serving) -> None:
@@ -51,3 +85,59 @@ def test_only_shared_figures_have_a_second_name(serving: Serving) -> None:
     text = serving.http.get("/metrics").text
     assert "tandem:accept_length" in text
     assert "vllm:accept_length" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        ("prefix_cache_requests_hit_total", ["{} 103.0"]),
+        (
+            "prefix_cache_requests_missed_total",
+            ['{reason="no checkpoint"} 104.0', '{reason="too short"} 0.0'],
+        ),
+        ("prefix_cache_pages", ["{} 105.0"]),
+        ("prefix_cache_checkpoints_used", ["{} 106.0"]),
+        ("prefix_cache_checkpoints_free", ["{} 107.0"]),
+        ("prefix_cache_evicted_pages_total", ["{} 108.0"]),
+        ("prefix_cache_evicted_checkpoints_total", ["{} 109.0"]),
+        ("prefix_cache_host_bytes_used", ["{} 110.0"]),
+        ("prefix_cache_host_hits_total", ["{} 111.0"]),
+        ("prefix_cache_host_refused_total", ["{} 112.0"]),
+        ("spec_decode_num_draft_tokens_per_pos_total", ['{position="0"} 113.0', '{position="1"} 114.0']),
+        (
+            "spec_decode_requests_per_depth_total",
+            ['{depth="0"} 117.0', '{depth="1"} 118.0', '{depth="2"} 119.0'],
+        ),
+        ("spec_decode_predicted_gain", ["{} 1.25"]),
+        ("spec_decode_measured_gain", ["{} 1.5"]),
+        ("request_timeouts_total", ["{} 120.0"]),
+        ("engine_faults_total", ['{kind="non_finite"} 121.0', '{kind="divergence"} 0.0']),
+    ],
+)
+def test_what_only_this_engine_knows_has_one_name(name: str, samples: list[str]) -> None:
+    text = Metrics("tiny", lambda: STATS).render().decode()
+    assert _lines(text, "tandem:" + name) == samples
+    assert _lines(text, "vllm:" + name) == []
+
+
+@pytest.mark.parametrize("prefix", ["tandem:", "vllm:"])
+def test_the_prefix_cache_is_counted_in_tokens_under_the_well_known_names(prefix: str) -> None:
+    text = Metrics("tiny", lambda: STATS).render().decode()
+    assert _lines(text, prefix + "prefix_cache_queries_total") == ["{} 101.0"]
+    assert _lines(text, prefix + "prefix_cache_hits_total") == ["{} 102.0"]
+    accepted = _lines(text, prefix + "spec_decode_num_accepted_tokens_per_pos_total")
+    assert accepted == ['{position="0"} 115.0', '{position="1"} 116.0']
+
+
+def test_every_figure_of_the_engine_is_shown_before_its_first_word() -> None:
+    text = Metrics("tiny", EngineStats).render().decode()
+    assert _lines(text, "tandem:spec_decode_predicted_gain") == ["{} 1.0"]
+    for name in ("engine_faults", "prefix_cache_requests_missed", "spec_decode_requests_per_depth"):
+        assert f"# TYPE tandem:{name}_total counter" in text
+
+
+def test_timeouts_are_counted_whether_or_not_a_token_came(serving: Serving) -> None:
+    assert serving.http.post("/v1/completions", json={"prompt": [5], "timeout": 0.5}).status_code == 408
+    serving.complete([5], max_tokens=9, timeout=1)
+    assert serving.gauge("tandem:request_timeouts_total") == 2
+    assert serving.gauge("tandem:num_requests_aborted_total") == 2

@@ -7,7 +7,7 @@ import pytest
 from server.api.transport import MAX_BODY_BYTES
 from server.messages import Generate, SamplingParams
 from unit_tests.server.api.conftest import Serving
-from unit_tests.server.fake_engine import FOREVER_ID, MAX_MODEL_LEN, REFUSE_ID, VOCAB_SIZE
+from unit_tests.server.fake_engine import BROKEN_ID, FOREVER_ID, MAX_MODEL_LEN, REFUSE_ID, VOCAB_SIZE
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -62,6 +62,34 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("ignore_eos", "yes", "true or false"),
     ("skip_special_tokens", 0, "true or false"),
     ("model", 5, "a string"),
+    ("speculative", 5, "a JSON object"),
+    ("speculative", [], "a JSON object"),
+    ("speculative", True, "a JSON object"),
+    ("speculative", {"enabled": 1}, "speculative.enabled is 1, it must be true or false"),
+    ("speculative", {"enabled": "no"}, "speculative.enabled"),
+    ("speculative", {"max_draft": 3}, "speculative.max_draft is 3, it must be in 0..2 (--mtp-step)"),
+    ("speculative", {"max_draft": -1}, "speculative.max_draft is -1, it must be in 0..2 (--mtp-step)"),
+    ("speculative", {"max_draft": 10**100}, "0..2 (--mtp-step)"),
+    ("speculative", {"enabled": False, "max_draft": 3}, "0..2 (--mtp-step)"),
+    ("speculative", {"max_draft": 1.0}, "speculative.max_draft is 1.0, it must be an integer"),
+    ("speculative", {"max_draft": True}, "an integer"),
+    ("speculative", {"max_draft": "1"}, "an integer"),
+    ("priority", "0", "an integer"),
+    ("priority", 1.5, "an integer"),
+    ("priority", True, "an integer"),
+    ("priority", 2**31, "-2147483648..2147483647"),
+    ("priority", -(2**31) - 1, "-2147483648..2147483647"),
+    ("timeout", 0, "timeout is 0, it must be above 0 seconds"),
+    ("timeout", -0.0, "above 0 seconds"),
+    ("timeout", -1.5, "timeout is -1.5, it must be above 0 seconds"),
+    ("timeout", "5", "a number"),
+    ("timeout", True, "a number"),
+    ("timeout", [5], "a number"),
+    ("timeout", 10**400, "1.79769e+308"),
+    ("cache_salt", "", "0 characters, the range is 1..256"),
+    ("cache_salt", "x" * 257, "257 characters, the range is 1..256"),
+    ("cache_salt", 5, "a string"),
+    ("cache_salt", ["a"], "a string"),
     ("tools", [{"type": "function"}], "not served"),
     ("response_format", {"type": "json_object"}, "not served"),
 ]
@@ -185,6 +213,67 @@ def test_top_logprobs_need_logprobs(serving: Serving) -> None:
         serving.http.post(CHAT, json={**body, "logprobs": True, "top_logprobs": 21}), 400, "top_logprobs", "0..20"
     )
     check_error(serving.http.post(COMPLETIONS, json={"prompt": "a", "logprobs": 21}), 400, "logprobs", "0..20")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "max_draft"),
+    [
+        (None, None),
+        ({}, None),
+        ({"enabled": True}, None),
+        ({"enabled": False}, 0),
+        ({"enabled": False, "max_draft": 2}, 0),
+        ({"enabled": None, "max_draft": None}, None),
+        ({"max_draft": 0}, 0),
+        ({"max_draft": 2}, 2),
+        ({"enabled": True, "max_draft": 1, "num_trees": {"deep": [1]}}, 1),
+    ],
+)
+def test_speculative_bounds_the_drafts_of_every_choice(serving: Serving, wanted: Any, max_draft: int | None) -> None:
+    serving.complete([5], n=2, max_tokens=1, speculative=wanted)
+    serving.chat("x", n=2, max_tokens=1, speculative=wanted)
+    assert [message.sampling.max_draft for message in serving.channel.sent] == [max_draft] * 4
+
+
+def test_without_speculation_in_the_server_a_request_may_only_leave_it_off(make_serving) -> None:
+    serving = make_serving(mtp_step=0)
+    with serving.listening():
+        body = {"prompt": [5], "speculative": {"max_draft": 1}}
+        check_error(serving.http.post(COMPLETIONS, json=body), 400, "speculative.max_draft", "0..0 (--mtp-step)")
+        serving.complete([5], speculative={"enabled": True, "max_draft": 0})
+
+
+def test_the_terms_of_a_request_hold_for_all_its_choices(serving: Serving) -> None:
+    fields = {"priority": -7, "timeout": 90, "cache_salt": "é" * 256, "n": 2, "max_tokens": 1}
+    serving.complete([[5], [6]], **fields)
+    serving.chat("x", **fields)
+    terms = [(message.priority, message.timeout, message.cache_salt) for message in serving.channel.sent]
+    assert terms == [(-7, 90.0, "é" * 256)] * 6
+
+
+def test_a_request_without_terms_leaves_them_to_the_engine(serving: Serving) -> None:
+    serving.complete([5], max_tokens=1)
+    serving.chat("x", max_tokens=1)
+    terms = [(message.priority, message.timeout, message.cache_salt) for message in serving.channel.sent]
+    assert terms == [(0, None, "")] * 2
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_gets_no_token_in_time_is_408(serving: Serving, path: str, stream: bool) -> None:
+    body = {"messages": MESSAGES, "prompt": "hi", "n": 2, "timeout": 0.5, "stream": stream}
+    answer = serving.http.post(path, json=body)
+    check_error(answer, 408, None, "time was over before its first token")
+    assert answer.json()["error"]["type"] == "TimeoutError"
+    assert serving.client.num_in_flight == 0
+    assert serving.gauge("tandem:num_requests_aborted_total") == 2
+    assert serving.gauge("tandem:request_timeouts_total") == 2
+
+
+def test_a_request_whose_model_fails_is_500(serving: Serving) -> None:
+    answer = serving.http.post(COMPLETIONS, json={"prompt": [[BROKEN_ID], [FOREVER_ID]], "max_tokens": 9})
+    check_error(answer, 500, None, "not finite")
+    assert serving.client.num_in_flight == 0
 
 
 def test_biases_beyond_100_are_clamped(serving: Serving) -> None:

@@ -33,7 +33,7 @@ def test_a_broken_generation_config_is_a_checkpoint_error_that_names_the_file(tm
 
 
 def test_no_more_alternatives_are_asked_for_than_the_vocabulary_has() -> None:
-    limits = Limits(max_model_len=9, vocab_size=12, defaults=SamplingParams())
+    limits = Limits(max_model_len=9, vocab_size=12, mtp_step=0, defaults=SamplingParams())
     for body, expected in ((b'{"logprobs": 20}', 12), (b'{"logprobs": 3}', 3), (b"{}", None)):
         assert read_num_logprobs(Fields(known_fields("logprobs"), body), "logprobs", limits) == expected
 

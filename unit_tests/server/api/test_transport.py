@@ -10,7 +10,7 @@ from server.api.transport import ClientGone, read_body
 from server.errors import EngineDead
 from server.messages import Abort
 from unit_tests.server.api.conftest import Serving
-from unit_tests.server.fake_engine import FOREVER_ID
+from unit_tests.server.fake_engine import BROKEN_ID, FOREVER_ID
 
 DEADLINE_SECONDS = 60
 
@@ -140,6 +140,23 @@ def test_a_failure_in_the_middle_of_a_stream_is_one_error_event(make_serving) ->
     assert (done, end) == ("data: [DONE]", "")
     assert connection.sent[0]["status"] == 200
     assert connection.sent[-1]["more_body"] is False
+
+
+def test_a_model_that_fails_in_the_middle_of_a_stream_is_one_error_event(serving: Serving) -> None:
+    prompts = [[BROKEN_ID, 10], [FOREVER_ID]]
+    text, error = (
+        event
+        for event in serving.events("/v1/completions", prompt=prompts, logprobs=0)
+        if "error" in event or event["choices"][0]["index"] == 0
+    )
+    assert text["choices"][0]["finish_reason"] is None
+    assert error["error"] == {
+        "message": "the logits are not finite",
+        "type": "InternalServerError",
+        "param": None,
+        "code": 500,
+    }
+    assert serving.client.num_in_flight == 0
 
 
 def test_a_failure_before_the_first_token_is_a_plain_503(make_serving) -> None:
