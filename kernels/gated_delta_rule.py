@@ -100,6 +100,21 @@ def gated_delta_rule_verify(
     return out.transpose(1, 2)
 
 
+def fold_recorded(state: Tensor, recorded: DeltaRing, count: Tensor) -> Tensor:
+    """The states after the first `count` recorded tokens; `state` is not written.
+
+    state [L, HV, DK, DV]; recorded k [L, F, HK, DK], u [L, F, HV, DV], alpha [L, F, HV], oldest first; count: a number
+    0..F on the device.
+    """
+    num_heads = state.shape[1]
+    for index in range(recorded.k.shape[1]):
+        k, u, alpha = (part[:, index] for part in recorded)
+        k = k.repeat_interleave(num_heads // k.shape[1], dim=1)
+        folded = state * alpha[..., None, None] + k[..., None] * u[:, :, None]
+        state = torch.where(count > index, folded, state)
+    return state
+
+
 def _read_ring(ring: DeltaRing, fold: Fold, num_heads: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """What the fold does to a state, `S · decay + k · u`: decay [B, HV, 1, 1], k [B, HV, DK, F], u [B, HV, F, DV].
 

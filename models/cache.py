@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.gated_delta_rule import DeltaRing
+from kernels.gated_delta_rule import DeltaRing, fold_recorded
 from models.config import ModelConfig
 
 
@@ -86,6 +86,46 @@ class GDNCache:
     @property
     def ring_bytes_per_row(self) -> int:
         return sum(part[:, 0].nbytes for part in (*self.ring, self.conv_ring))
+
+
+@dataclass(frozen=True)
+class GDNCheckpoints:
+    """States kept for prefix reuse: state [L_delta, S, HV, DK, DV], and the W - 1 raw convolution inputs before the
+    position each stands at, conv_window [L_delta, S, W - 1, C], oldest first. No prefix is kept in slot 0."""
+
+    state: Tensor
+    conv_window: Tensor
+
+    @staticmethod
+    def allocate(gdn: GDNCache, num_slots: int) -> "GDNCheckpoints":
+        layers, channels = gdn.state.shape[0], gdn.conv_ring.shape[-1]
+        return GDNCheckpoints(
+            gdn.state.new_zeros(layers, num_slots, *gdn.state.shape[2:]),
+            gdn.conv_ring.new_zeros(layers, num_slots, gdn.conv_width - 1, channels),
+        )
+
+    def save(self, slot: int, gdn: GDNCache, row: int, position: int, stand: Tensor) -> None:
+        """Keep the row's state as of `position`. Its own state stands at `stand` (a number on the device), behind by at
+        most the tokens that its delta ring holds, which are folded into the copy."""
+        ring_len = gdn.ring.k.shape[2]
+        slots = (stand + torch.arange(ring_len // 2, device=stand.device)) % ring_len
+        recorded = DeltaRing(*(part[:, row].index_select(1, slots) for part in gdn.ring))
+        self.state[:, slot] = fold_recorded(gdn.state[:, row], recorded, position - stand)
+        self.conv_window[:, slot] = gdn.conv_ring[:, row, self._window(gdn, position)]
+
+    def restore(self, slot: int, gdn: GDNCache, row: int, position: int) -> None:
+        """Make the row's state that of the checkpoint, which stands at `position`."""
+        gdn.reset(row)
+        gdn.state[:, row] = self.state[:, slot]
+        gdn.conv_ring[:, row, self._window(gdn, position)] = self.conv_window[:, slot]
+
+    def _window(self, gdn: GDNCache, position: int) -> list[int]:
+        ring_len = gdn.conv_ring.shape[2]
+        return [one % ring_len for one in range(position - gdn.conv_width + 1, position)]
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return self.state[:, 0].nbytes + self.conv_window[:, 0].nbytes
 
 
 @dataclass(frozen=True)

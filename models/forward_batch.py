@@ -43,6 +43,17 @@ class CacheView:
             page_table=self.page_table[some],
         )
 
+    def pick(self, order: list[int]) -> "CacheView":
+        """The view of the requests `order`, in this order."""
+        chosen = torch.tensor(order, device=self.start_lens.device)
+        return replace(
+            self,
+            rows=tuple(self.rows[index] for index in order),
+            start_lens=self.start_lens[chosen],
+            accept_lens=self.accept_lens[chosen],
+            page_table=self.page_table[chosen],
+        )
+
     @cached_property
     def row_ids(self) -> Tensor:
         """rows as [B] int64 on the device."""
@@ -156,5 +167,7 @@ class ForwardBatch:
         return VerifyPlace(view.row_ids, view.start_lens, view.accept_lens, self.conv_slots, view.fold, write_slots)
 
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
-        """One more token per request at positions [B], over the same cache."""
-        return ForwardBatch(token_ids, positions, (1,) * self.num_requests, self.view)
+        """One more token for each of the first requests at positions [b], over the same cache."""
+        count = len(positions)
+        view = self.view if self.view is None or count == self.num_requests else self.view.select(slice(count))
+        return ForwardBatch(token_ids, positions, (1,) * count, view)

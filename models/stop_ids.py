@@ -1,4 +1,4 @@
-"""The token ids that end a sequence, from all the places a checkpoint names them. No torch.
+"""The token ids that end a sequence, from all the places a checkpoint names them, and begin a turn. No torch.
 
 Each place alone may be incomplete: Qwen3.5's config.json names `<|endoftext|>` only, its tokenizer `<|im_end|>` only,
 and some checkpoints have no generation_config.json.
@@ -9,6 +9,8 @@ from typing import Any
 
 from models.config import read_json
 from models.errors import CheckpointError
+
+TURN_TOKEN = "<|im_start|>"
 
 
 def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
@@ -25,6 +27,13 @@ def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
     }
     ids = {token_id for place, fields in places.items() for token_id in _eos_ids(place, fields)}
     return tuple(sorted(ids | _tokenizer_eos_ids(path)))
+
+
+def read_turn_ids(directory: str | Path) -> frozenset[int]:
+    """The added token of tokenizer.json that begins a turn of a chat, `<|im_start|>`; empty where there is none."""
+    tokenizer = _read_optional(Path(directory) / "tokenizer.json")
+    added = tokenizer.get("added_tokens") or []
+    return frozenset(entry["id"] for entry in added if entry.get("content") == TURN_TOKEN)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from server.errors import ConfigError
 
 MAX_MTP_STEP = 8
+# Newest positions per request that the draft head catches up on when drafts are wanted again; it never sees older ones.
+MAX_BEHIND = 16
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 
 C = TypeVar("C")
@@ -48,7 +50,9 @@ class EngineConfig:
         "prepare the next step while the device runs one; auto: on when there is more than one core",
         ("auto", "on", "off"),
     )
-    max_running_requests: int = _setting(16, "requests that decode at the same time (rows of the request table)")
+    max_running_requests: int | None = _setting(
+        None, "requests that decode at the same time (rows of the request table); default: 16, fewer if memory is short"
+    )
     chunked_prefill_size: int = _setting(512, "prompt tokens per engine step, at most")
     stream_slowdown: float = _setting(
         2.0, "while requests decode, prompt tokens may prolong a step to this many times its own length, about"
@@ -77,9 +81,9 @@ class EngineConfig:
         _require_choices(self)
         if not 0 <= self.mtp_step <= MAX_MTP_STEP:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
-        for name in ("max_running_requests", "chunked_prefill_size", "page_size", "checkpoint_interval"):
+        for name in ("chunked_prefill_size", "page_size", "checkpoint_interval"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_model_len", "max_total_tokens", "num_threads", "request_timeout"):
+        for name in ("max_running_requests", "max_model_len", "max_total_tokens", "num_threads", "request_timeout"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
@@ -87,7 +91,7 @@ class EngineConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be 0 or more")
         if not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"--mem-fraction-static is {self.mem_fraction_static}, the range is above 0 and below 1")
-        if self.stream_slowdown < 1:
+        if not self.stream_slowdown >= 1:
             raise ConfigError(f"--stream-slowdown is {self.stream_slowdown}, it must be at least 1")
         if self.prefix_cache == "off" and (self.checkpoint_bytes or self.host_cache_bytes):
             raise ConfigError("--checkpoint-bytes and --host-cache-bytes need --prefix-cache on")
@@ -98,6 +102,7 @@ class Limits:
     """Sizes the scheduler plans with; `mtp_step` is K. Without checkpoints there is no prefix cache.
 
     `page_bytes` and `checkpoint_bytes` are the sizes of one of each, `host_cache_bytes` bounds both together.
+    The draft head catches up on `max_behind` positions at most: 0 if it may never fall behind.
     """
 
     max_running_requests: int
@@ -110,6 +115,8 @@ class Limits:
     host_cache_bytes: int = 0
     page_bytes: int = 1
     checkpoint_bytes: int = 1
+    max_behind: int = MAX_BEHIND
+    stream_slowdown: float = 2.0
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages of a request that may write ahead of num_tokens committed ones."""
@@ -152,7 +159,8 @@ def _require_choices(config: Any) -> None:
 
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+        least = "at least 1" if isinstance(value, int) else "above 0"
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

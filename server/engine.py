@@ -1,19 +1,36 @@
 """The heart of the engine process: one `step()` schedules, verifies, accepts, drafts and commits.
 
-The router (policy, no torch) decides who runs; the backend (device) runs it; they meet only here.
+The router (policy, no torch) decides who runs; the backend (device) runs it; they meet only here. The host plans step
+t + 1 while the device runs step t, and hears of step t when it has handed step t + 1 over: lengths, accepted tokens and
+drafts stay on the device in between.
 """
+
+import logging
+import random
+import time
+from concurrent.futures import Future
 
 import torch
 
 from server.backend.batch import build_forward_batch, last_indices
+from server.backend.lane import Lane, NoTrace, Readback, Trace
 from server.backend.request_table import has_penalty
 from server.backend.runner import build_runner
 from server.backend.sampler import Sampled
+from server.backend.step_costs import measure_costs
 from server.config import EngineConfig
 from server.errors import InvalidRequest
-from server.messages import EngineStats, Generate, Ready, TokenOutput
-from server.request import Batch, Request
+from server.messages import EngineStats, Failed, Generate, Ready, SamplingParams, TokenLogprobs, TokenOutput
+from server.request import Batch, Outcome, Request, Step
+from server.router.planner import CostTable, Planner
 from server.router.scheduler import Scheduler
+from server.router.watchdog import Watchdog
+
+_PROBE_PROMPT_LEN, _PROBE_OUTPUT_LEN = 48, 24
+
+log = logging.getLogger("tandem.engine")
+
+Result = tuple[Readback, list[list[TokenLogprobs]], float]
 
 
 class Engine:
@@ -23,7 +40,16 @@ class Engine:
         """Load the model and allocate the caches. Raises ConfigError."""
         self.config = config
         self.runner = build_runner(config)
-        self.scheduler = Scheduler(self.runner.plan.limits)
+        self.lane = Lane(is_threaded=self.runner.overlaps and not self.runner.table.seq_len.is_cuda)
+        self.trace: Trace | NoTrace = NoTrace()
+        is_adaptive = config.speculation == "adaptive" and self.runner.drafter is not None
+        samples = measure_costs(self.runner, config.mtp_step) if is_adaptive else None
+        planner = Planner(config.mtp_step, samples and CostTable.from_samples(*samples), is_adaptive)
+        mover = self.runner.mover
+        watchdog = Watchdog(config.watchdog, 0, self.runner.state_tolerance, lambda: mover.state_error)
+        self.scheduler = Scheduler(
+            self.runner.plan.limits, planner, self.runner.turn_ids, mover.is_intact, watchdog=watchdog
+        )
         self.ready = Ready(
             max_model_len=self.runner.plan.max_model_len,
             vocab_size=self.runner.table.vocab_size,
@@ -31,6 +57,9 @@ class Engine:
             mtp_step=config.mtp_step,
         )
         self._num_steps = 0
+        self._in_flight: tuple[Step, Future[list[Result]]] | None = None
+        if config.watchdog:
+            self._probe()
 
     def add(self, message: Generate) -> None:
         """Queue a request. Raises InvalidRequest for what can never be served."""
@@ -46,53 +75,122 @@ class Engine:
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.ready.vocab_size:
             raise InvalidRequest(f"prompt token ids must lie in 0..{self.ready.vocab_size - 1}", "prompt")
         message.sampling.check(self.ready.vocab_size)
-        self.scheduler.add(Request.create(message, self.ready.eos_token_ids, limit))
+        seconds = self.config.request_timeout if message.timeout is None else message.timeout
+        deadline = float("inf") if seconds is None else self.scheduler.clock() + seconds
+        self.scheduler.add(Request.create(message, self.ready.eos_token_ids, limit, deadline))
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its row and pages are free at the next step. Unknown ids are ignored."""
         self.scheduler.abort(request_id)
 
     def has_work(self) -> bool:
-        """Some request waits or runs."""
-        return self.scheduler.has_work()
+        """Some request waits or runs, or a step is under way."""
+        return self._in_flight is not None or self.scheduler.has_work()
+
+    def step(self) -> list[TokenOutput | Failed]:
+        """Hand the device one step (a prefill pass and a decode pass, whichever have work) and return what the step
+        before it emitted; without overlap, what this one did."""
+        with self.trace.span("schedule", "host"):
+            step = self.scheduler.schedule()
+        ended, self._in_flight = self._in_flight, None
+        if step is not None:
+            self._num_steps += 1
+            self._in_flight = step, self.lane.submit(self._run, step)
+        outputs = self.scheduler.take_notices()
+        if ended is not None:
+            outputs += self._collect(*ended)
+        return outputs if self.runner.overlaps else outputs + self.drain()
+
+    def drain(self) -> list[TokenOutput | Failed]:
+        """Wait for the step under way, if there is one, and return what it emitted; nothing new is planned."""
+        ended, self._in_flight = self._in_flight, None
+        return [] if ended is None else self._collect(*ended)
+
+    def _collect(self, step: Step, future: "Future[list[Result]]") -> list[TokenOutput | Failed]:
+        with self.trace.span("wait", "host"):
+            results = future.result()
+            outcomes = []
+            for readback, logprobs, seconds in results:
+                token_ids, accept_lens, match_lens, is_finite = readback.read()
+                outcomes.append(Outcome(token_ids, accept_lens, match_lens, logprobs, is_finite, seconds))
+        with self.trace.span("collect", "host"):
+            return self.scheduler.collect(step, outcomes)
 
     @torch.inference_mode()
-    def step(self) -> list[TokenOutput]:
-        """Run one prefill batch and one decode batch, whichever have work, and return what they emitted."""
-        self._num_steps += 1
-        return [output for batch in self.scheduler.schedule() for output in self._run(batch)]
+    def _run(self, step: Step) -> list[Result]:
+        """On the device: cache operations and passes in their order."""
+        with self.trace.span("step", "device", passes=len(step.batches)):
+            self.runner.mover.run(step.before)
+            results = [self._run_pass(batch) for batch in step.batches]
+            self.runner.mover.run(step.after)
+            return results
 
-    def _run(self, batch: Batch) -> list[TokenOutput]:
-        runner = self.runner
+    def _run_pass(self, batch: Batch) -> Result:
+        runner, start = self.runner, time.perf_counter()
         forward = build_forward_batch(batch, runner.table)
-        hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
-        rows = hidden if batch.is_verify else hidden[last_indices(forward)]
-        logits = runner.target.compute_logits(rows).unflatten(0, (len(batch.requests), -1))  # [B, T, V]
-        sampled = runner.sampler.sample(logits, forward, batch)
+        with self.trace.span("verify" if batch.is_verify else "prefill", "device", rows=len(forward.token_ids)):
+            hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
+            rows = hidden if batch.is_verify else hidden[last_indices(forward)]
+            logits = runner.target.compute_logits(rows)  # [N or B, V]
+            sampled = runner.sampler.sample(logits, forward, batch)
         self._count_outputs(batch, sampled)
         newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
         drafts = newest[:, :0]
         if runner.drafter is not None:
-            drafts = runner.drafter.propose(hidden, sampled, forward, batch)
+            with self.trace.span("draft", "device"):
+                drafts = runner.drafter.propose(hidden, sampled, forward, batch)
         runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
-        logprobs = runner.sampler.read_logprobs(sampled, batch)
-        return self.scheduler.collect(batch, sampled.token_ids.tolist(), sampled.accept_lens.tolist(), logprobs)
+        readback = Readback(sampled.token_ids, sampled.accept_lens, sampled.match_lens, sampled.is_finite)
+        return readback, runner.sampler.read_logprobs(sampled, batch), time.perf_counter() - start
 
     def _count_outputs(self, batch: Batch, sampled: Sampled) -> None:
         """Penalties of the drafts and of later steps need to know what this one emitted."""
-        which = [i for i, request in enumerate(batch.requests) if has_penalty(request.sampling)]
+        which = [i for i, work in enumerate(batch.works) if has_penalty(work.sampling)]
         if which:
-            rows = torch.tensor([batch.requests[i].row for i in which], device=sampled.token_ids.device)
+            rows = torch.tensor([batch.works[i].row for i in which], device=sampled.token_ids.device)
             self.runner.table.count_outputs(rows, sampled.token_ids[which], sampled.accept_lens[which])
+
+    def _probe(self) -> None:
+        """Serve one request at start and check its state, so that a broken machine or build is told before it
+        serves."""
+        prompt_len = min(_PROBE_PROMPT_LEN, self.ready.max_model_len // 2)
+        prompt = random.Random(0).choices(range(self.ready.vocab_size), k=prompt_len)
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=_PROBE_OUTPUT_LEN)
+        watchdog, interval = self.scheduler.watchdog, self.scheduler.watchdog.interval
+        watchdog.interval = 1
+        self.add(Generate("probe", prompt, params))
+        while self.has_work():
+            self.step()
+        watchdog.interval = interval
+        accept_length = 1 + self.scheduler.counters.num_accepted / max(1, self.scheduler.counters.num_verify_steps)
+        log.info(
+            "start-up probe: %d checks, state off by %.2g at most (limit %.2g), accept length %.2f",
+            watchdog.num_checks,
+            watchdog.worst_error,
+            watchdog.tolerance,
+            accept_length,
+        )
+        self.flush_cache()
+
+    def start_trace(self) -> Trace:
+        """Record what host and device do from now on."""
+        self.trace = Trace()
+        return self.trace
+
+    def flush_cache(self) -> None:
+        """Forget every prefix that was computed, because the weights are others now."""
+        self.scheduler.flush_cache()
+        self.lane.submit(self.runner.mover.start_generation)
 
     def stats(self) -> EngineStats:
         """Gauges now, and counters since start."""
-        scheduler, counters = self.scheduler, self.scheduler.counters
+        scheduler, counters, planner = self.scheduler, self.scheduler.counters, self.scheduler.planner
+        cache = scheduler.cache
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_pages=scheduler.pages.count,
-            num_free_pages=scheduler.pages.num_free,
+            num_free_pages=scheduler.pages.num_free + cache.num_evictable,
             num_steps=self._num_steps,
             num_verify_steps=counters.num_verify_steps,
             num_prompt_tokens=counters.num_prompt_tokens,
@@ -101,4 +199,21 @@ class Engine:
             num_proposed=counters.num_proposed,
             num_accepted=counters.num_accepted,
             accepted_per_position=tuple(counters.accepted_per_position),
+            proposed_per_position=tuple(counters.proposed_per_position),
+            requests_per_depth=tuple(planner.requests_per_depth),
+            predicted_gain=planner.predicted_gain,
+            measured_gain=planner.measured_gain,
+            num_cached_pages=cache.num_cached_pages,
+            num_checkpoints=cache.num_checkpoints,
+            num_free_checkpoints=cache.num_free_checkpoints,
+            host_cache_bytes_used=cache.host_bytes_used,
+            num_cached_tokens=cache.counters.num_cached_tokens,
+            num_cache_hits=cache.counters.num_hits,
+            cache_misses=dict(cache.counters.misses),
+            num_evicted_pages=cache.counters.num_evicted_pages,
+            num_evicted_checkpoints=cache.counters.num_evicted_checkpoints,
+            num_host_hits=cache.counters.num_host_hits,
+            num_host_refused=cache.counters.num_host_refused,
+            num_timeouts=counters.num_timeouts,
+            faults=dict(counters.faults),
         )

@@ -44,8 +44,8 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
 
-    def step(self) -> list[TokenOutput]:
-        """Advance every running request."""
+    def step(self) -> list[TokenOutput | Failed]:
+        """Advance the running requests; what has come of it, here and of steps before."""
 
     def stats(self) -> EngineStats:
         """Gauges and counters."""
@@ -92,7 +92,9 @@ def take_turn(engine: Engine, requests: Sequence[Request]) -> StepReport | None:
     """
     failed = [failure for request in requests if (failure := _hand_over(engine, request)) is not None]
     works = engine.has_work()
-    outputs = engine.step() if works else []
+    news = engine.step() if works else []
+    outputs = [one for one in news if isinstance(one, TokenOutput)]
+    failed += [one for one in news if isinstance(one, Failed)]
     return StepReport(outputs, failed, engine.stats()) if works or requests else None
 
 

@@ -1,17 +1,25 @@
 """What router and backend both know: a request on the host, and the batch of requests of one pass. No torch."""
 
+import math
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.messages import FINISH_LENGTH, FINISH_STOP, Generate, SamplingParams
+from server.cache_ops import CacheOp
+from server.messages import FINISH_LENGTH, FINISH_STOP, Generate, SamplingParams, TokenLogprobs
 
 
 @dataclass(eq=False)
 class Request:
     """`prompt_ids` and `output_ids` are the truth; everything on the device can be rebuilt from them.
 
-    `num_computed` tokens are in the KV cache; `is_decoding` once the newest token is the only one that is not and waits
-    on the device with its drafts. `row` is None while waiting. `max_output` is the most tokens it may emit.
+    `num_computed` tokens are in the KV cache as far as the host has heard, or has planned for known tokens;
+    `widths_in_flight` are the passes with an output it has not heard of (0: the end of a prefill). `is_decoding` once
+    the newest token and its drafts live on the device. `row` is None while waiting; `epoch` counts rows it has left.
+    `max_output` is the most tokens it may emit. `num_drafts` drafts wait on the device for its next verify.
+    `num_cached` prompt tokens were reused when it was first admitted. In the last `num_refused` verify steps no draft
+    was right. `is_plain`: it gets no drafts; `is_isolated`: it shares nothing with others. Prefill chunks end at
+    `cuts`. `deadline` is in seconds of the scheduler's clock.
     """
 
     id: str
@@ -20,18 +28,35 @@ class Request:
     stop_ids: frozenset[int]
     max_output: int
     seed: int
+    priority: int = 0
+    deadline: float = math.inf
+    cache_salt: str = ""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    widths_in_flight: list[int] = field(default_factory=list)
     is_decoding: bool = False
+    is_over: bool = False
     row: int | None = None
-    pages: list[int] = field(default_factory=list)
+    epoch: int = 0
+    num_pages_sent: int = 0
+    arrival: int = 0
+    speculation: Any = None
+    num_drafts: int = 0
+    num_behind: int = 0
+    num_cached: int | None = None
+    num_refused: int = 0
+    is_plain: bool = False
+    is_isolated: bool = False
+    cuts: frozenset[int] = frozenset()
     num_prompt_counted: int = 0
     num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
 
     @staticmethod
-    def create(message: Generate, eos_ids: tuple[int, ...], max_model_len: int) -> "Request":
+    def create(
+        message: Generate, eos_ids: tuple[int, ...], max_model_len: int, deadline: float = math.inf
+    ) -> "Request":
         """A waiting request; an unseeded one gets a fresh seed."""
         sampling = message.sampling
         room = max_model_len - len(message.prompt_token_ids)
@@ -42,6 +67,9 @@ class Request:
             stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_ids),
             max_output=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            priority=message.priority,
+            deadline=deadline,
+            cache_salt=message.cache_salt,
         )
 
     @property
@@ -64,31 +92,98 @@ class Request:
                 return token_ids[:count], FINISH_LENGTH
         return token_ids, None
 
+    @property
+    def longest_len(self) -> int:
+        """Tokens that may be in the cache once everything planned has run."""
+        return min(self.num_computed + sum(self.widths_in_flight), len(self.prompt_ids) + self.max_output)
+
+    @property
+    def surely_ends(self) -> bool:
+        """What is in flight gives it its last token at the latest: every pass gives at least one."""
+        return len(self.output_ids) + len(self.widths_in_flight) >= self.max_output
+
     def count_prompt(self) -> int:
         """Prompt tokens computed for the first time since the last call (a preempted request computes them again)."""
         num_new = max(0, min(self.num_computed, len(self.prompt_ids)) - self.num_prompt_counted)
         self.num_prompt_counted += num_new
         return num_new
 
-    def forget_device_state(self) -> None:
+    def enter_row(self, row: int, num_computed: int) -> None:
+        """On a row, with that many tokens computed by others."""
+        self.row, self.num_computed = row, num_computed
+        if self.num_cached is None:
+            self.num_cached = num_computed
+
+    def leave_row(self) -> None:
         """Back to waiting: the tokens stay, the cache is gone."""
-        self.row, self.pages, self.num_computed, self.is_decoding = None, [], 0, False
+        self.row, self.num_computed, self.num_pages_sent, self.num_behind, self.is_decoding = None, 0, 0, 0, False
+        self.epoch += 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's share of a pass, as the host knew it when the pass was planned: nothing that happens later reaches
+    it.
+
+    While the pass runs only `request.prompt_ids`, `.sampling` and `.seed` may be read, which never change. A prefill
+    runs `token_ids` from position `start` on; `following_ids` are known tokens after these. A verify runs the newest
+    token and num_tokens - 1 drafts, all from the device. `num_drafts` are wanted for the request's next step.
+    The draft head must catch up on `num_behind` positions before the pass; an idle work only puts its own aside.
+    `pages` are new in the row's page table, from index `first_page` on. A request that enters its row brings the
+    `output_ids` it has, else None.
+    """
+
+    request: Request
+    row: int
+    num_tokens: int
+    epoch: int = 0
+    start: int = 0
+    token_ids: tuple[int, ...] = ()
+    following_ids: tuple[int, ...] = ()
+    ends_prompt: bool = True
+    num_drafts: int = 0
+    num_behind: int = 0
+    is_idle: bool = False
+    first_page: int = 0
+    pages: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] | None = None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of one forward pass and the tokens each contributes. A verify batch runs T tokens of every request."""
+    """One pass: a prefill of known tokens, or a verify of guessed ones. Equal widths lie side by side."""
 
-    requests: list[Request]
-    token_counts: list[int]
+    works: list[Work]
     is_verify: bool
 
     @property
     def ends_any_prompt(self) -> bool:
         """Some request of this pass gets a token."""
-        return any(self.ends_prompt(index) for index in range(len(self.requests)))
+        return any(work.ends_prompt for work in self.works)
 
-    def ends_prompt(self, index: int) -> bool:
-        """This pass gives the request's next token: a verify step, or the last chunk of a prefill."""
-        request = self.requests[index]
-        return self.is_verify or request.num_computed + self.token_counts[index] == request.num_known
+
+@dataclass(frozen=True)
+class Step:
+    """What the device is to do: cache operations `before` the passes, the passes, and operations `after` them."""
+
+    before: list[CacheOp]
+    batches: list[Batch]
+    after: list[CacheOp]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass gave: the target's tokens per request, of which the first accept_lens count (0 inside a prompt);
+    match_lens: as many would, if the request did not end there. The log-probabilities that were asked for, which
+    requests' logits were all finite, and the seconds it took."""
+
+    token_ids: list[list[int]]
+    accept_lens: list[int]
+    match_lens: list[int]
+    logprobs: list[list[TokenLogprobs]]
+    is_finite: list[bool]
+    seconds: float

@@ -24,9 +24,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.config": ("server.errors",),
     "server.tokenizer": ("server.messages", "server.errors"),
     "server.command_line": ("server.config", "server.errors"),
-    "server.router": ("server.request", "server.messages", "server.config", "server.errors"),
-    "server.request": ("server.messages",),
-    "server.backend": ("kernels", "models", "server.request", "server.messages", "server.config", "server.errors"),
+    "server.cache_ops": (),
+    "server.router": ("server.request", "server.cache_ops", "server.messages", "server.config", "server.errors"),
+    "server.request": ("server.cache_ops", "server.messages"),
+    "server.backend": (
+        "kernels",
+        "models",
+        "server.request",
+        "server.cache_ops",
+        "server.messages",
+        "server.config",
+        "server.errors",
+    ),
     "server.engine": (
         "server.router",
         "server.backend",
@@ -63,6 +72,7 @@ WITHOUT_TORCH = (
     "server.api",
     "server.router",
     "server.request",
+    "server.cache_ops",
     "server.channel",
     "server.launch",
     "server.engine_process",
@@ -75,7 +85,14 @@ WITHOUT_TORCH = (
 )
 # Files without logic of their own (messages are plain dataclasses: test_channel sends them, all others use them), and
 # scripts that are tested by running them.
-NEEDS_NO_TEST = ("models.errors", "server.errors", "server.messages", "server.__main__", "benchmarks")
+NEEDS_NO_TEST = (
+    "models.errors",
+    "server.errors",
+    "server.messages",
+    "server.cache_ops",
+    "server.__main__",
+    "benchmarks",
+)
 
 
 def module_name(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Batch (host) -> ForwardBatch (device)."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -13,23 +15,32 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
 
     A verify batch takes its tokens and lengths from the table; a prefill batch brings its tokens from the host.
     """
-    for request in batch.requests:
-        if request.num_computed == 0:
-            table.admit(request)
-        table.write_pages(request)
-    view = table.view([request.row for request in batch.requests if request.row is not None], batch.is_verify)
+    for work in batch.works:
+        if work.output_ids is not None:
+            table.admit(work)
+        if work.pages:
+            table.write_pages(work.row, work.first_page, work.pages)
+    view = table.view([work.row for work in batch.works], batch.is_verify)
+    counts = tuple(work.num_tokens for work in batch.works)
     if batch.is_verify:
-        token_ids = table.next_ids[view.row_ids]
-        where = view.start_lens[:, None] + torch.arange(token_ids.shape[1], device=table.device)
-        return ForwardBatch(token_ids.flatten(), where.flatten(), tuple(batch.token_counts), view)
-    ids: list[int] = []
-    positions: list[int] = []
-    for request, count in zip(batch.requests, batch.token_counts, strict=True):
-        end = request.num_computed + count
-        ids += request.known_ids(request.num_computed, end)
-        positions += range(request.num_computed, end)
+        token_ids, where = _gather_windows(table.next_ids[view.row_ids], view.start_lens, counts)
+        return ForwardBatch(token_ids, where, counts, view)
+    ids = [token_id for work in batch.works for token_id in work.token_ids]
+    positions = [work.start + index for work in batch.works for index in range(work.num_tokens)]
     token_ids, where = (torch.tensor(values, device=table.device) for values in (ids, positions))
-    return ForwardBatch(token_ids, where, tuple(batch.token_counts), view)
+    return ForwardBatch(token_ids, where, counts, view)
+
+
+def _gather_windows(next_ids: Tensor, start_lens: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Tokens and positions [N]: the first counts[i] of next_ids [B, K + 1], from start_lens [B] on."""
+    ids, positions, first = [], [], 0
+    for count, run in groupby(counts):
+        end = first + len(list(run))
+        ids.append(next_ids[first:end, :count].flatten())
+        ahead = torch.arange(count, device=next_ids.device)
+        positions.append((start_lens[first:end, None] + ahead).flatten())
+        first = end
+    return (ids[0], positions[0]) if len(ids) == 1 else (torch.cat(ids), torch.cat(positions))
 
 
 def last_indices(forward: ForwardBatch) -> Tensor:
@@ -39,9 +50,5 @@ def last_indices(forward: ForwardBatch) -> Tensor:
 
 def following_ids(batch: Batch, count: int) -> list[list[int]]:
     """Per request of a prefill batch, the `count` known tokens after its chunk; -1 where the prompt has ended."""
-    rows = []
-    for request, length in zip(batch.requests, batch.token_counts, strict=True):
-        end = request.num_computed + length
-        known = request.known_ids(end, end + count)
-        rows.append(known + [-1] * (count - len(known)))
-    return rows
+    known = [list(work.following_ids[:count]) for work in batch.works]
+    return [ids + [-1] * (count - len(ids)) for ids in known]

@@ -1,30 +1,102 @@
-"""How many rows and pages, and what they cost in bytes. Written as a table at start."""
+"""One plan of all memory: how many rows, pages and checkpoints there are, and what everything costs in bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from models.cache import Cache
+import torch
+
+from models.cache import GDNCache, GDNCheckpoints, KVCache
 from models.config import ModelConfig
-from models.qwen3_5.model import Qwen35
-from models.qwen3_5_mtp.model import Qwen35MTP
-from server.config import EngineConfig, Limits, lookahead
+from models.registry import build
+from server.config import MAX_BEHIND, EngineConfig, Limits, lookahead
 from server.errors import ConfigError
 
+DEFAULT_RUNNING_REQUESTS = 16
 DEFAULT_MAX_MODEL_LEN = 32768
 DEFAULT_MAX_TOTAL_TOKENS = 65536
 MIB = 2**20
+# Checkpoints per row, if nothing else is asked for: as many as memory allows.
+_CHECKPOINTS_PER_ROW = (4, 1, 0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one of each: a page of all main or all draft layers, a row's states and rings, the hidden states that
+    its draft head has put aside, a checkpoint; and of all weights and one pass's activations."""
+
+    weights: int
+    draft_weights: int
+    main_page: int
+    mtp_page: int
+    state: int
+    rings: int
+    aside: int
+    checkpoint: int
+    workspace: int
+
+    @property
+    def page(self) -> int:
+        return self.main_page + self.mtp_page
+
+    @property
+    def row(self) -> int:
+        return self.state + self.rings + self.aside
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.draft_weights + self.workspace
+
+    def total(self, num_rows: int, num_pages: int, num_checkpoints: int) -> int:
+        """Bytes in all; of each kind there is one more, for padding."""
+        cache = (num_rows + 1) * self.row + (num_pages + 1) * self.page
+        return self.fixed + cache + (num_checkpoints + 1) * self.checkpoint
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes that fit each other: max_pages_per_request covers max_model_len plus what a decode step writes ahead."""
+    """Sizes that fit each other and the memory: max_pages_per_request covers max_model_len plus what a decode step
+    writes ahead. `free_bytes` is what is left of the budget; None without one."""
 
     limits: Limits
     max_model_len: int
     max_pages_per_request: int
+    sizes: Sizes
+    free_bytes: int | None
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig) -> MemoryPlan:
-    """Raises ConfigError when one request of the longest form does not fit, naming the smallest value that would."""
+def measure_sizes(
+    config: EngineConfig, model: ModelConfig, num_mtp_layers: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Sizes:
+    """What one of each thing takes, from tensors without memory."""
+    target, draft = build(model, mtp=num_mtp_layers > 0, dtype=dtype, device="meta")
+    kv = KVCache.allocate(model, num_mtp_layers, 1, config.page_size, dtype, "meta")
+    gdn = GDNCache.allocate(model, config.mtp_step, 1, dtype, "meta")
+    layer_page = kv.data[0].nbytes
+    return Sizes(
+        weights=sum(weight.nbytes for weight in target.parameters()),
+        draft_weights=sum(weight.nbytes for weight in draft.parameters()) if draft else 0,
+        main_page=layer_page * model.num_full_layers,
+        mtp_page=layer_page * num_mtp_layers,
+        state=gdn.state_bytes_per_row,
+        rings=gdn.ring_bytes_per_row,
+        aside=MAX_BEHIND * model.hidden_size * dtype.itemsize if num_mtp_layers == 1 else 0,
+        checkpoint=GDNCheckpoints.allocate(gdn, 1).bytes_per_slot,
+        workspace=_workspace(config, model),
+    )
+
+
+def _workspace(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes of what lives during one pass: float32 logits of the rows, before and after their rules, or a chunk's
+    activations of one layer."""
+    num_rows = (config.max_running_requests or DEFAULT_RUNNING_REQUESTS) * (config.mtp_step + 1)
+    per_token = 4 * model.hidden_size + 3 * max(model.intermediate_size, model.conv_channels, 2 * model.hidden_size)
+    return 4 * (2 * num_rows * model.vocab_size + config.chunked_prefill_size * per_token)
+
+
+def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_bytes: int | None = None) -> MemoryPlan:
+    """Rows, pages and checkpoints within `mem_fraction_static` of free_bytes; what the user has not set shrinks with
+    the memory, rows and pages together. Raises ConfigError when one request of the longest form does not fit, naming
+    the smallest value that would."""
     if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len is {config.max_model_len}, the checkpoint was made for at most "
@@ -34,50 +106,120 @@ def plan_memory(config: EngineConfig, model: ModelConfig) -> MemoryPlan:
     longest = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if config.max_model_len is None and config.max_total_tokens is not None:
         longest = max(1, min(longest, config.max_total_tokens - ahead))
-    capacity = config.max_total_tokens or max(
-        longest + ahead, min(config.max_running_requests * (longest + ahead), DEFAULT_MAX_TOTAL_TOKENS)
-    )
-    limits = Limits(
-        max_running_requests=config.max_running_requests,
+    needed = -(-(longest + ahead) // config.page_size)
+    if config.max_total_tokens is not None and needed * config.page_size > _round_up(config):
+        raise ConfigError(
+            f"--max-total-tokens {config.max_total_tokens} is less than one request of --max-model-len {longest} needs "
+            f"with --mtp-step {config.mtp_step}: {needed * config.page_size}"
+        )
+    budget = None if free_bytes is None else int(free_bytes * config.mem_fraction_static)
+    for num_rows, num_pages, num_checkpoints in _choices(config, longest + ahead, sizes):
+        total = sizes.total(num_rows, num_pages, num_checkpoints)
+        if budget is None or total <= budget:
+            limits = _limits(config, sizes, num_rows, num_pages, num_checkpoints)
+            return MemoryPlan(limits, longest, needed, sizes, None if budget is None else budget - total)
+    assert free_bytes is not None and budget is not None
+    raise ConfigError(_describe_shortage(config, model, sizes, longest, total, free_bytes))
+
+
+def _choices(config: EngineConfig, longest: int, sizes: Sizes) -> list[tuple[int, int, int]]:
+    """(rows, pages, checkpoints) that could be had, the best first. `longest` tokens are a whole request's."""
+    rows = config.max_running_requests or DEFAULT_RUNNING_REQUESTS
+    some_rows = [rows] if config.max_running_requests else range(rows, 0, -1)
+    if config.prefix_cache == "off":
+        checkpoints: tuple[int, ...] | None = (0,)
+    elif config.checkpoint_bytes is not None:
+        checkpoints = (config.checkpoint_bytes // sizes.checkpoint,)
+    else:
+        checkpoints = None
+    choices = []
+    for count in some_rows:
+        for num_checkpoints in checkpoints or tuple(each * count for each in _CHECKPOINTS_PER_ROW):
+            wanted = min(count * longest, DEFAULT_MAX_TOTAL_TOKENS * count // rows)
+            tokens = config.max_total_tokens or max(longest, wanted)
+            choices.append((count, -(-tokens // config.page_size), num_checkpoints))
+    return choices
+
+
+def _limits(config: EngineConfig, sizes: Sizes, num_rows: int, num_pages: int, num_checkpoints: int) -> Limits:
+    return Limits(
+        max_running_requests=num_rows,
         chunked_prefill_size=config.chunked_prefill_size,
         page_size=config.page_size,
-        num_pages=-(-capacity // config.page_size),
+        num_pages=num_pages,
         mtp_step=config.mtp_step,
+        num_checkpoints=num_checkpoints,
+        checkpoint_interval=config.checkpoint_interval,
+        host_cache_bytes=config.host_cache_bytes,
+        page_bytes=sizes.page,
+        checkpoint_bytes=sizes.checkpoint,
+        max_behind=MAX_BEHIND if sizes.aside else 0,
+        stream_slowdown=config.stream_slowdown,
     )
-    needed = limits.pages_for(longest)
-    if needed > limits.num_pages:
-        raise ConfigError(
-            f"--max-total-tokens {capacity} is less than one request of --max-model-len {longest} needs with "
-            f"--mtp-step {config.mtp_step}: {needed * config.page_size}"
-        )
-    return MemoryPlan(limits, longest, needed)
 
 
-def describe_memory(
-    plan: MemoryPlan, cache: Cache, target: Qwen35, draft: Qwen35MTP | None, num_mtp_layers: int
+def _round_up(config: EngineConfig) -> int:
+    assert config.max_total_tokens is not None
+    return -(-config.max_total_tokens // config.page_size) * config.page_size
+
+
+def _describe_shortage(
+    config: EngineConfig, model: ModelConfig, sizes: Sizes, longest: int, needed: int, free_bytes: int
 ) -> str:
+    """The smallest plan takes `needed` bytes: what to change so that it fits."""
+    budget = int(free_bytes * config.mem_fraction_static)
+    seen = (
+        f"--mem-fraction-static {config.mem_fraction_static:g} of {free_bytes / MIB:.1f} MiB free memory is "
+        f"{budget / MIB:.1f} MiB; weights, workspace and the smallest cache take {needed / MIB:.1f} MiB"
+    )
+    fraction = -(-1000 * needed // free_bytes) / 1000
+    if fraction < 1:
+        return f"{seen}: raise --mem-fraction-static to {fraction:g}"
+    left = replace(config, max_running_requests=None, max_total_tokens=None, checkpoint_bytes=None)
+    leave = "leave --max-running-requests, --max-total-tokens and --checkpoint-bytes to the server"
+    smallest = replace(sizes, workspace=_workspace(left, model)) if left != config else sizes
+    ahead = lookahead(config.mtp_step)
+    if left != config and smallest.total(1, -(-(longest + ahead) // config.page_size), 0) <= budget:
+        return f"{seen}: {leave}"
+    room = (budget - smallest.total(1, 0, 0)) // sizes.page * config.page_size - ahead
+    if room > 0:
+        return f"{seen}: {leave + ' and ' if left != config else ''}lower --max-model-len to {room}"
+    return f"{seen}, and no --max-model-len is small enough: use a machine with more memory"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be had now, on the GPU or on the machine."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable: cannot tell how much memory is free")
+
+
+def describe_memory(plan: MemoryPlan) -> str:
     """The plan as a table in MiB, and what one request costs."""
-    kv, gdn = cache.kv, cache.gdn
-    kv_bytes_per_layer = kv.data[0].nbytes
-    num_rows = gdn.state.shape[1]
+    sizes, limits = plan.sizes, plan.limits
+    num_rows, num_pages = limits.max_running_requests + 1, limits.num_pages + 1
     rows = {
-        "weights": _weight_bytes(target),
-        "draft weights": _weight_bytes(draft) if draft else 0,
-        "KV, main layers": kv_bytes_per_layer * (len(kv.data) - num_mtp_layers),
-        "KV, MTP layers": kv_bytes_per_layer * num_mtp_layers,
-        "GDN states": gdn.state_bytes_per_row * num_rows,
-        "GDN and conv rings": gdn.ring_bytes_per_row * num_rows,
+        "weights": sizes.weights,
+        "draft weights": sizes.draft_weights,
+        "KV, main layers": sizes.main_page * num_pages,
+        "KV, MTP layers": sizes.mtp_page * num_pages,
+        "GDN states": sizes.state * num_rows,
+        "GDN and conv rings": sizes.rings * num_rows,
+        "hidden states aside": sizes.aside * num_rows,
+        "GDN checkpoints": sizes.checkpoint * (limits.num_checkpoints + 1),
+        "workspace": sizes.workspace,
     }
+    if plan.free_bytes is not None:
+        rows["free"] = plan.free_bytes
+    if limits.host_cache_bytes:
+        rows["host cache, at most"] = limits.host_cache_bytes
     lines = [f"  {name:<20} {size / MIB:>10.1f} MiB" for name, size in rows.items()]
-    tokens = plan.limits.num_pages * plan.limits.page_size
-    per_token = kv.data[:, :, 0].nbytes / kv.page_size
     lines.append(
-        f"  {plan.limits.max_running_requests} requests, {tokens} KV tokens; per request "
-        f"{gdn.state_bytes_per_row / MIB:.2f} MiB GDN state (the same for every mtp_step), "
-        f"{gdn.ring_bytes_per_row / MIB:.3f} MiB rings, {per_token / 1024:.2f} KiB KV per token"
+        f"  {limits.max_running_requests} requests, {limits.num_pages * limits.page_size} KV tokens, "
+        f"{limits.num_checkpoints} checkpoints; per request {sizes.state / MIB:.2f} MiB GDN state (the same for every "
+        f"mtp_step), {sizes.rings / MIB:.3f} MiB rings, {sizes.page / limits.page_size / 1024:.2f} KiB KV per token"
     )
     return "\n".join(["Memory:", *lines])
-
-
-def _weight_bytes(model: Qwen35 | Qwen35MTP) -> int:
-    return sum(param.nbytes for param in model.parameters())

@@ -3,18 +3,23 @@
 R rows (row 0 is padding), P pages of the longest request, K = mtp_step, T = K + 1, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from models.cache import Cache
 from models.forward_batch import CacheView, ForwardBatch
 from server.messages import SamplingParams
-from server.request import Request
+from server.request import Work
+
+MAX_STOP_IDS = 16
 
 
 class RequestTable:
     """page_table [R, P], seq_len [R] (tokens committed in KV), accept_len [R] (of the last step; 0 after prefill),
-    next_ids [R, T] (the newest token and its drafts), and the sampling settings of each row. All int64 or float32."""
+    next_ids [R, T] (the newest token and its drafts), and the sampling settings of each row, with what ends its
+    request: stop_ids [R, MAX_STOP_IDS] (-1: none) and longest_len [R]. All int64 or float32."""
 
     def __init__(self, cache: Cache, num_rows: int, max_pages: int, mtp_step: int, vocab_size: int, device: str):
         def column(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -25,44 +30,56 @@ class RequestTable:
         self.seq_len = column()
         self.accept_len = column()
         self.next_ids = column(mtp_step + 1)
-        self._counts = column(4)
-        self.prompt_len, self.min_tokens, self.top_k, self.seed = self._counts.unbind(1)
+        self._counts = column(5)
+        self.prompt_len, self.min_tokens, self.top_k, self.seed, self.longest_len = self._counts.unbind(1)
+        self.stop_ids = column(MAX_STOP_IDS)
         self._scales = column(6, dtype=torch.float32)
         self.temperature, self.top_p, self.min_p = self._scales[:, :3].unbind(1)
         self.repetition, self.frequency, self.presence = self._scales[:, 3:].unbind(1)
         self.output_counts: Tensor | None = None  # [R, V] int32 and [R, V] bool, made for the first penalised request
         self.in_prompt: Tensor | None = None
-        self._num_pages_written = [0] * num_rows
 
-    def admit(self, request: Request) -> None:
-        """Make the request's row that of an empty sequence with its sampling settings."""
-        row, sampling = request.row, request.sampling
-        assert row is not None
-        self.cache.gdn.reset(row)
+    def admit(self, work: Work) -> None:
+        """Make the work's row that of a sequence with `start` tokens and its request's sampling settings.
+
+        With start > 0 the caller restores the states at that position afterwards or has done so: they are left alone.
+        """
+        row, request, sampling = work.row, work.request, work.request.sampling
+        if work.start == 0:
+            self.cache.gdn.reset(row)
         self.page_table[row] = 0
-        self._num_pages_written[row] = 0
-        self.seq_len[row] = self.accept_len[row] = 0
-        counts = [len(request.prompt_ids), sampling.min_tokens, sampling.top_k, request.seed]
+        self.seq_len[row], self.accept_len[row] = work.start, 0
+        prompt_len = len(request.prompt_ids)
+        counts = [prompt_len, sampling.min_tokens, sampling.top_k, request.seed, prompt_len + request.max_output]
         self._counts[row] = torch.tensor(counts, device=self.device)
         scales = [0.0 if sampling.is_greedy else sampling.temperature, sampling.top_p, sampling.min_p]
         scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
         self._scales[row] = torch.tensor(scales, device=self.device)
+        stop_ids = sorted(request.stop_ids)[:MAX_STOP_IDS]
+        self.stop_ids[row] = torch.tensor(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), device=self.device)
         if has_penalty(sampling):
-            self._count_known_tokens(request)
+            self._count_known_tokens(work)
 
-    def write_pages(self, request: Request) -> None:
-        """Bring the row's page table up to the pages the request holds."""
-        row = request.row
-        assert row is not None
-        written, held = self._num_pages_written[row], len(request.pages)
-        if written < held:
-            self.page_table[row, written:held] = torch.tensor(request.pages[written:], device=self.device)
-            self._num_pages_written[row] = held
+    def write_pages(self, row: int, first: int, pages: Sequence[int]) -> None:
+        """Add pages to the row's page table from index `first` on."""
+        self.page_table[row, first : first + len(pages)] = torch.tensor(pages, device=self.device)
+
+    def cut(self, rows: Tensor, start_lens: Tensor, token_ids: Tensor, accept_lens: Tensor) -> Tensor:
+        """accept_lens [B] of rows [B] that emit token_ids [B, T], cut behind a stop id and at the longest length.
+
+        So a row never runs past the end of its request, and its state can be kept for the next one. At least 1.
+        """
+        is_stop = (token_ids[:, :, None] == self.stop_ids[rows][:, None]).any(-1)
+        before = 1 - is_stop.long().cumsum(1) + is_stop.long()  # 1 up to the first stop id, inclusive
+        first_stop = before.clamp(min=0).cumprod(1).sum(1)
+        room = self.longest_len[rows] - start_lens - 1
+        return torch.minimum(torch.minimum(accept_lens, first_stop), room).clamp(min=1)
 
     def commit(self, forward: ForwardBatch, last_ids: Tensor, drafts: Tensor, accept_lens: Tensor) -> None:
         """Advance the rows of a pass: after a verify step by accept_lens, after prefill by the tokens it ran.
 
-        last_ids [B]: each request's newest token; drafts [B, K]; accept_lens [B]: tokens emitted, 0 or 1 after prefill.
+        last_ids [B]: each request's newest token; drafts [B, up to K]; accept_lens [B]: tokens emitted, 0 or 1 after
+        prefill.
         """
         view = forward.view
         assert view is not None
@@ -74,7 +91,8 @@ class RequestTable:
             self.seq_len[rows] = view.start_lens + torch.tensor(forward.query_lens, device=rows.device)
             self.accept_len[rows] = 0
         self.next_ids[rows, 0] = last_ids
-        self.next_ids[rows, 1:] = drafts
+        if drafts.shape[1]:
+            self.next_ids[rows, 1 : 1 + drafts.shape[1]] = drafts
 
     def count_outputs(self, rows: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
         """Add the emitted tokens to the penalty counts: token_ids [B, T], of which accept_lens [B] are emitted."""
@@ -83,8 +101,8 @@ class RequestTable:
         flat = rows[:, None] * self.vocab_size + token_ids
         self.output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
 
-    def _count_known_tokens(self, request: Request) -> None:
-        row = request.row
+    def _count_known_tokens(self, work: Work) -> None:
+        row, request = work.row, work.request
         if self.output_counts is None:
             shape = (len(self.seq_len), self.vocab_size)
             self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -92,14 +110,14 @@ class RequestTable:
         assert self.in_prompt is not None
         self.in_prompt[row] = False
         self.in_prompt[row, torch.tensor(request.prompt_ids, device=self.device)] = True
-        outputs = torch.tensor(request.output_ids, dtype=torch.int64, device=self.device)
+        outputs = torch.tensor(work.output_ids, dtype=torch.int64, device=self.device)
         self.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)
 
     def view(self, rows: list[int], is_verify: bool) -> CacheView:
         """The cache as a pass over `rows` sees it."""
         ids = torch.tensor(rows, device=self.device)
         accept_lens = self.accept_len[ids]
-        shortest, longest = accept_lens.aminmax()
+        shortest, longest = accept_lens.aminmax() if is_verify or self.device == "cpu" else (0, 0)
         return CacheView(
             cache=self.cache,
             rows=tuple(rows),

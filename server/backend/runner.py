@@ -14,10 +14,11 @@ from models.config import ModelConfig, load_config
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
-from models.stop_ids import read_stop_ids
+from models.stop_ids import read_stop_ids, read_turn_ids
 from models.weights import load_weights
+from server.backend.cache_mover import CacheMover
 from server.backend.drafter import Drafter
-from server.backend.memory_plan import MemoryPlan, describe_memory, plan_memory
+from server.backend.memory_plan import MemoryPlan, describe_memory, free_memory, measure_sizes, plan_memory
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampler
 from server.config import EngineConfig
@@ -28,17 +29,26 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float32}
 
 
+STATE_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
 @dataclass(frozen=True)
 class Runner:
-    """Target, table, sampler, and with mtp_step > 0 the drafter; `eos_ids` end a request."""
+    """Target, table, sampler, cache mover, and with mtp_step > 0 the drafter. `eos_ids` end a request, `turn_ids` begin
+    a turn of a chat. `overlaps`: steps run beside the host's work.
+    A state may be off by `state_tolerance` of its size because prefill and decode round differently."""
 
     target: Qwen35
     draft: Qwen35MTP | None
     table: RequestTable
     sampler: Sampler
+    mover: CacheMover
     drafter: Drafter | None
     plan: MemoryPlan
     eos_ids: tuple[int, ...]
+    turn_ids: frozenset[int]
+    overlaps: bool
+    state_tolerance: float
 
 
 def build_runner(config: EngineConfig) -> Runner:
@@ -49,24 +59,30 @@ def build_runner(config: EngineConfig) -> Runner:
         load_library()  # a first build takes seconds, which no request should wait for
     try:
         model_config = load_config(config.model)
-        plan = plan_memory(config, model_config)
         dtype = _choose_dtype(config.dtype, model_config)
+        num_mtp_layers = _count_chained_layers(config, model_config)
+        sizes = measure_sizes(config, model_config, num_mtp_layers, dtype)
+        plan = plan_memory(config, model_config, sizes, free_memory(device))
         target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
         load_weights(Path(config.model), target, draft)
         eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
+        turn_ids = read_turn_ids(config.model)
     except model_errors.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     for model in (target, draft):
         if model is not None:
             model.requires_grad_(False)
-    num_mtp_layers = 0 if draft is None else _count_chained_layers(config, draft)
     cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device)
-    num_rows = config.max_running_requests + 1
+    num_rows = plan.limits.max_running_requests + 1
     table = RequestTable(cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device)
     sampler = Sampler(table, eos_ids)
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
-    logger.info("%s", describe_memory(plan, cache, target, draft, num_mtp_layers))
-    return Runner(target, draft, table, sampler, drafter, plan, eos_ids)
+    mover = CacheMover(table, plan.limits.num_checkpoints)
+    logger.info("%s", describe_memory(plan))
+    overlaps = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
+    return Runner(
+        target, draft, table, sampler, mover, drafter, plan, eos_ids, turn_ids, overlaps, STATE_TOLERANCES[dtype]
+    )
 
 
 def _choose_device(name: str) -> str:
@@ -85,9 +101,11 @@ def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
     return DTYPES[name]
 
 
-def _count_chained_layers(config: EngineConfig, draft: Qwen35MTP) -> int:
+def _count_chained_layers(config: EngineConfig, model: ModelConfig) -> int:
     """MTP layers that draft: eagle recurses on the first one, vanilla chains them all."""
-    return 1 if config.mtp_mode == "eagle" else min(draft.num_layers, config.mtp_step)
+    if config.mtp_step == 0:
+        return 0
+    return 1 if config.mtp_mode == "eagle" else min(max(1, model.num_mtp_layers), config.mtp_step)
 
 
 def _allocate_cache(
@@ -95,5 +113,5 @@ def _allocate_cache(
 ) -> Cache:
     num_pages = plan.limits.num_pages + 1
     kv = KVCache.allocate(model, num_mtp_layers, num_pages, config.page_size, dtype, device)
-    gdn = GDNCache.allocate(model, config.mtp_step, config.max_running_requests + 1, dtype, device)
+    gdn = GDNCache.allocate(model, config.mtp_step, plan.limits.max_running_requests + 1, dtype, device)
     return Cache(kv, gdn)

@@ -1,16 +1,35 @@
-"""Who runs next: admission, chunked prefill, page reservation, preemption. Policy on the host, no torch.
+"""Who runs next: admission, prefix reuse, chunked prefill, page reservation, preemption. Policy on the host, no torch.
 
-One step may hold a prefill batch (chunks of several prompts, at most `chunked_prefill_size` tokens) and a decode batch
-(every request past its prompt), so a long prompt delays the others by one chunk at a time.
+One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt). A step
+is planned before the results of the last one are known: lengths are upper bounds, a request whose end the host has not
+heard of runs once more for nothing, and what a request leaves behind is carried out in the order of planning.
 """
 
-from collections import deque
+import bisect
+import logging
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.config import Limits
-from server.messages import TokenLogprobs, TokenOutput
-from server.request import Batch, Request
+from server.cache_ops import CacheOp, ClearPage
+from server.config import MAX_MTP_STEP, Limits
+from server.errors import ModelFailure, RequestTimeout
+from server.messages import FINISH_ABORT, Failed, TokenLogprobs, TokenOutput
+from server.request import Batch, Outcome, Request, Step, Work
 from server.router.pages import Pool
+from server.router.planner import Planner, SpeculationState
+from server.router.prefix_cache import MIN_CHECKPOINT_GAP, Holding, Match, PrefixCache, choose_cuts
+from server.router.watchdog import Watchdog
+
+# Verify steps in a row without one accepted draft after which a request decodes plainly.
+MAX_REFUSED_STEPS = 64
+# Waiting requests that one step looks at; those behind them could hardly be admitted before them.
+_MAX_CONSIDERED = 64
+_MIN_CHUNK = 16
+
+log = logging.getLogger("tandem.engine")
 
 
 @dataclass
@@ -23,147 +42,402 @@ class Counters:
     num_preemptions: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
+    num_timeouts: int = 0
+    proposed_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=lambda: {"non_finite": 0, "zero_acceptance": 0, "divergence": 0})
 
 
 class Scheduler:
-    """Owns requests, pages and rows. Requests are served first come, first served; the youngest is preempted."""
+    """Owns requests, pages and rows. The lowest `priority` is served first, then who came first; the last in this order
+    is preempted. `turn_ids` are tokens that begin a turn of a chat; `is_intact` asks the device about host entries."""
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+    def __init__(
+        self,
+        limits: Limits,
+        planner: Planner,
+        turn_ids: frozenset[int] = frozenset(),
+        is_intact: Callable[[int], bool] = lambda handle: True,
+        clock: Callable[[], float] = time.monotonic,
+        watchdog: Watchdog | None = None,
+    ):
+        self.watchdog = watchdog or Watchdog(0, 0, 0.0, lambda: 0.0)
+        self.limits, self.planner, self.clock, self._turn_ids = limits, planner, clock, turn_ids
+        self.waiting: list[Request] = []  # in the order of service
+        self.running: list[Request] = []  # in the order of admission
         self.pages = Pool(limits.num_pages)
         self.rows = Pool(limits.max_running_requests)
-        self.counters = Counters(accepted_per_position=[0] * limits.mtp_step)
+        self.cache = PrefixCache(limits, self.pages, is_intact)
+        self.holdings: dict[str, Holding] = {}  # of the running ones, by id
+        zeros = [0] * limits.mtp_step
+        self.counters = Counters(proposed_per_position=zeros.copy(), accepted_per_position=zeros.copy())
         self._by_id: dict[str, Request] = {}
+        self._num_arrived = 0
+        self._before: list[CacheOp] = []
+        self._after: list[CacheOp] = []
+        self._notices: list[TokenOutput | Failed] = []
+        self._chunk_limit = limits.chunked_prefill_size
 
     def add(self, request: Request) -> None:
         """Queue a request. Its longest form fits the cache: the engine checks max_model_len against it at start."""
+        self._num_arrived += 1
+        request.arrival = self._num_arrived
+        request.speculation = SpeculationState()
         self._by_id[request.id] = request
-        self.waiting.append(request)
+        bisect.insort(self.waiting, request, key=_order)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; an unknown id is one that has already ended."""
-        request = self._by_id.pop(request_id, None)
-        if request is None:
-            return
-        if request in self.running:
-            self._release(request)
-        else:
-            self.waiting.remove(request)
+        request = self._by_id.get(request_id)
+        if request is not None:
+            self._end(request, keeps_state=True)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._notices or self._before)
 
-    def schedule(self) -> list[Batch]:
-        """The batches of one step, prefill first; requests in a batch hold rows, and pages for all they may write."""
+    def flush_cache(self) -> None:
+        """The weights are others now: nothing that was computed may be reused."""
+        self.cache.flush(self._before)
+
+    def take_notices(self) -> list[TokenOutput | Failed]:
+        """Ends that no pass has brought about."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def schedule(self) -> Step | None:
+        """The next step; requests in it hold rows, and pages for all they may write. None if there is nothing to do."""
+        self.cache.begin_step()
+        self._end_late_requests()
+        shadow = self.watchdog.begin(self.running, self._before)
+        if shadow is not None:
+            self.add(shadow)
         num_preemptions = self.counters.num_preemptions
         self._reserve_decode_pages()
         if self.counters.num_preemptions == num_preemptions:
             self._admit()
-        decode = [request for request in self.running if request.is_decoding]
-        batches = [self._cut_chunks(), Batch(decode, [self.limits.mtp_step + 1] * len(decode), is_verify=True)]
-        return [batch for batch in batches if batch.requests]
+        step = Step(self._before, self._plan_passes(), self._after)
+        self._before, self._after = [], []
+        return step if step.batches or step.before else None
 
-    def collect(
-        self, batch: Batch, token_ids: list[list[int]], accept_lens: list[int], logprobs: list[list[TokenLogprobs]]
-    ) -> list[TokenOutput]:
-        """Book what a pass gave: advance requests, find those that ended, free them.
+    def collect(self, step: Step, outcomes: list[Outcome]) -> list[TokenOutput | Failed]:
+        """Book what a step gave: advance requests, find those that ended, free them."""
+        self._learn_times(step, outcomes)
+        passes = zip(step.batches, outcomes, strict=True)
+        return [output for batch, outcome in passes for output in self._book_pass(batch, outcome)]
 
-        token_ids: the target's tokens per request; the first accept_lens of each count (0 for an unfinished prompt).
-        """
+    def _book_pass(self, batch: Batch, outcome: Outcome) -> list[TokenOutput | Failed]:
         outputs = []
-        for index, (request, accept_len) in enumerate(zip(batch.requests, accept_lens, strict=True)):
-            request.num_computed += accept_len if batch.is_verify else batch.token_counts[index]
-            self.counters.num_prompt_tokens += request.count_prompt()
+        for index, (work, accept_len) in enumerate(zip(batch.works, outcome.accept_lens, strict=True)):
             if accept_len == 0:
                 continue
-            request.is_decoding = True
-            emitted, finish_reason = request.emit(token_ids[index][:accept_len])
-            if batch.is_verify:
-                self._count_drafts(request, len(emitted), accept_len, finish_reason is not None)
-            self.counters.num_output_tokens += len(emitted)
-            if finish_reason is not None:
-                self._by_id.pop(request.id)
-                self._release(request)
-            outputs.append(_to_output(request, emitted, logprobs[index][: len(emitted)], finish_reason))
-        return outputs
+            work.request.widths_in_flight.pop(0)
+            if not work.request.is_over:
+                outputs.append(self._book(batch, outcome, index))
+        return [output for output in outputs if output is not None]
 
-    def _count_drafts(self, request: Request, num_emitted: int, accept_len: int, has_ended: bool) -> None:
-        num_accepted = min(num_emitted, accept_len - 1)
-        num_judged = min(num_emitted, self.limits.mtp_step) if has_ended else self.limits.mtp_step
+    def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
+        """A chunk beside a decode pass: cut the next one so that it prolongs the step as `stream_slowdown` allows."""
+        prefill_len, prefill_seconds, decode_seconds = 0, 0.0, 0.0
+        for batch, outcome in zip(step.batches, outcomes, strict=True):
+            if batch.is_verify:
+                decode_seconds = outcome.seconds
+                self.planner.record_step(len(batch.works), sum(outcome.accept_lens), outcome.seconds)
+            else:
+                prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
+        if prefill_len and decode_seconds and not math.isinf(self.limits.stream_slowdown):
+            change = (self.limits.stream_slowdown - 1) * decode_seconds / prefill_seconds
+            wanted = int(prefill_len * max(0.5, min(2.0, change)))
+            self._chunk_limit = max(_MIN_CHUNK, min(wanted, self.limits.chunked_prefill_size))
+
+    # What a pass gave.
+
+    def _book(self, batch: Batch, outcome: Outcome, index: int) -> TokenOutput | Failed | None:
+        work, accept_len = batch.works[index], outcome.accept_lens[index]
+        request, is_current = work.request, work.epoch == work.request.epoch
+        if self.watchdog.is_shadow(request):
+            self._end_check(request)
+            return None
+        if not outcome.is_finite[index]:
+            return self._distrust(request) if is_current else None
+        emitted, finish_reason = request.emit(outcome.token_ids[index][:accept_len])
+        if batch.is_verify:
+            request.num_computed += accept_len if is_current else 0
+            self._count_drafts(work, len(emitted), outcome.match_lens[index], finish_reason is not None)
+        self.counters.num_output_tokens += len(emitted)
+        if finish_reason is not None:
+            self._end(request, keeps_state=is_current and len(emitted) == accept_len)
+        return _to_output(request, emitted, outcome.logprobs[index][: len(emitted)], finish_reason)
+
+    def _count_drafts(self, work: Work, num_emitted: int, match_len: int, has_ended: bool) -> None:
+        request, num_drafts, counters = work.request, work.num_tokens - 1, self.counters
+        num_accepted = min(num_emitted, match_len - 1)
+        num_judged = min(num_emitted, num_drafts) if has_ended else num_drafts
         request.num_steps += 1
         request.num_proposed += num_judged
         request.num_accepted += num_accepted
-        self.counters.num_verify_steps += 1
-        self.counters.num_proposed += num_judged
-        self.counters.num_accepted += num_accepted
-        for position in range(num_accepted):
-            self.counters.accepted_per_position[position] += 1
+        counters.num_verify_steps += 1
+        counters.num_proposed += num_judged
+        counters.num_accepted += num_accepted
+        for position in range(num_judged):
+            counters.proposed_per_position[position] += 1
+            counters.accepted_per_position[position] += position < num_accepted
+        if num_judged:
+            self.planner.observe(request.speculation, num_judged, num_accepted)
+            request.num_refused = 0 if num_accepted else request.num_refused + 1
+        if request.num_refused >= MAX_REFUSED_STEPS and not request.is_plain:
+            self._decode_plainly(request, "zero_acceptance", f"had no draft accepted in {MAX_REFUSED_STEPS} steps")
+
+    def _end_check(self, shadow: Request) -> None:
+        self._end(shadow, keeps_state=False)
+        found = self.watchdog.finish()
+        if found is not None:
+            request, error = found
+            self._decode_plainly(request, "divergence", f"has a state that is off by {error:.3g} of its size")
+
+    def _decode_plainly(self, request: Request, fault: str, what: str) -> None:
+        self.counters.faults[fault] += 1
+        request.is_plain = True
+        log.warning("request %s %s; it goes on without drafts", request.id, what)
+
+    def _distrust(self, request: Request) -> Failed | None:
+        """Logits that are no numbers: compute everything again, without drafts and without what others computed. The
+        second time it fails."""
+        self._decode_plainly(request, "non_finite", "got logits that are not finite")
+        has_failed_before = request.is_isolated
+        request.is_isolated = True
+        if request.row is not None:
+            holding = self.holdings[request.id]
+            self._before += [ClearPage(page) for page in (*holding.own_pages, *holding.duplicates.values())]
+        self.flush_cache()  # what it has shared may be no better
+        if not has_failed_before:
+            self._leave(request, keeps_state=False)
+            bisect.insort(self.waiting, request, key=_order)
+            return None
+        self._end(request, keeps_state=False)
+        message = "the model gave logits that are not finite, again after everything was computed anew"
+        return Failed(request.id, ModelFailure.__name__, message)
+
+    # What a step runs.
+
+    def _plan_passes(self) -> list[Batch]:
+        """A prefill and a verify. The depths of all that have a next step are chosen together."""
+        decoding = [request for request in self.running if request.is_decoding and not request.surely_ends]
+        decoding.sort(key=lambda request: -request.num_drafts)  # equal widths side by side
+        chunks = self._cut_chunks(bool(decoding))
+        ending = [request for request, end in chunks if end == request.num_known]
+        depths = dict(zip([*decoding, *ending], self._plan_depths([*decoding, *ending]), strict=True))
+        verify = [self._verify_work(request, depths[request]) for request in decoding]
+        prefill = [self._prefill_work(request, end, depths.get(request, 0)) for request, end in chunks]
+        batches = (Batch(prefill, is_verify=False), Batch(verify, is_verify=True))
+        return [batch for batch in batches if batch.works]
+
+    def _plan_depths(self, requests: list[Request]) -> list[int]:
+        """Drafts to propose at the end of the coming pass, never more than the request can still use."""
+        for request in requests:
+            asked = request.sampling.max_draft
+            most = 0 if request.is_plain else self.limits.mtp_step if asked is None else asked
+            room = request.max_output - len(request.output_ids) - len(request.widths_in_flight) - 2
+            request.speculation.max_draft = max(0, min(most, self.limits.mtp_step, room))
+        return self.planner.plan([request.speculation for request in requests])
+
+    def _verify_work(self, request: Request, depth: int) -> Work:
+        width = request.num_drafts + 1
+        is_idle = depth == 0 and width == 1 and self.limits.max_behind > 0
+        work = self._work(request, width, num_drafts=depth, num_behind=request.num_behind, is_idle=is_idle)
+        request.num_drafts = depth
+        request.num_behind = min(request.num_behind + 1, self.limits.max_behind) if is_idle else 0
+        request.widths_in_flight.append(width)
+        return work
+
+    def _cut_chunks(self, has_decode: bool) -> list[tuple[Request, int]]:
+        """Who computes known tokens in this step, and up to where."""
+        budget = self._chunk_limit if has_decode else self.limits.chunked_prefill_size
+        chunks = []
+        for request in self.running:
+            if not request.is_decoding and budget:
+                start = request.num_computed
+                end = min([start + budget, request.num_known, *(cut for cut in request.cuts if cut > start)])
+                chunks.append((request, end))
+                budget -= end - start
+        return chunks
+
+    def _prefill_work(self, request: Request, end: int, depth: int) -> Work:
+        start, ends_prompt = request.num_computed, end == request.num_known
+        work = self._work(
+            request,
+            end - start,
+            start=start,
+            token_ids=tuple(request.known_ids(start, end)),
+            following_ids=tuple(request.known_ids(end, end + MAX_MTP_STEP)),
+            ends_prompt=ends_prompt,
+            num_drafts=depth,
+        )
+        request.num_computed, request.is_decoding, request.num_drafts = end, ends_prompt, depth
+        if ends_prompt:
+            request.widths_in_flight.append(0)
+            self.watchdog.compare(request, self._after)
+        if not self.watchdog.is_shadow(request):
+            self.counters.num_prompt_tokens += request.count_prompt()
+        self._keep_prefix(request)
+        return work
+
+    def _work(self, request: Request, num_tokens: int, **fields: Any) -> Work:
+        """With the pages that the device does not know of yet, and what it must know of a request new to its row."""
+        assert request.row is not None
+        holding, sent = self.holdings[request.id], request.num_pages_sent
+        pages = holding.page_list[sent:] if holding.num_pages > sent else []
+        request.num_pages_sent = holding.num_pages
+        return Work(
+            request=request,
+            row=request.row,
+            num_tokens=num_tokens,
+            epoch=request.epoch,
+            first_page=sent,
+            pages=tuple(pages),
+            output_ids=tuple(request.output_ids) if sent == 0 else None,
+            **fields,
+        )
+
+    def _keep_prefix(self, request: Request) -> None:
+        """Let others use what the chunk computes; a chunk that ends where reuse begins leaves a checkpoint."""
+        if request.is_isolated:
+            return
+        assert request.row is not None
+        holding, end = self.holdings[request.id], request.num_computed
+        known = request.known_ids(0, end)
+        if end in request.cuts:
+            self.cache.add_checkpoint(holding, known, end, request.row, self._before, self._after)
+        else:
+            self.cache.extend(holding, known, end)
+
+    # Rows and pages.
 
     def _reserve_decode_pages(self) -> None:
-        """Give every decoding request the pages it may write, oldest first; the youngest pays when there are none."""
-        for request in list(self.running):
+        """Give every decoding request the pages it may write, first served first; the last one pays if there are
+        none."""
+        for request in sorted(self.running, key=_order):
             if request.row is None or not request.is_decoding:
                 continue
-            needed = self.limits.pages_for(request.num_computed) - len(request.pages)
-            while needed > self.pages.num_free and request.row is not None:
-                self._preempt(self.running[-1])
+            holding = self.holdings[request.id]
+            needed = self.limits.pages_for(request.longest_len) - holding.num_pages
+            while needed > 0 and request.row is not None and not self.cache.free_pages(needed, self._before):
+                self._preempt(max(self.running, key=_order))
             if request.row is not None and needed > 0:
-                request.pages += self.pages.take(needed)
+                holding.own_pages += self.pages.take(needed)
 
     def _admit(self) -> None:
-        while self.waiting and self.rows.num_free:
-            request = self.waiting[0]
-            needed = self.limits.pages_for(request.num_known)
-            if needed + self._num_pages_kept_free() > self.pages.num_free:
+        for request in self.waiting[:_MAX_CONSIDERED]:
+            if not self.rows.num_free:
                 return
-            self.waiting.popleft()
-            request.row = self.rows.take(1)[0]
-            request.pages = self.pages.take(needed)
+            if request.widths_in_flight:
+                continue
+            known = request.known_ids(0, request.num_known)
+            match = self.cache.match([] if request.is_isolated else known, request.cache_salt)
+            if self._is_being_computed(request, known, match.position):
+                continue
+            if not self._enter(request, known, match):
+                return
+            self.waiting.remove(request)
             self.running.append(request)
+
+    def _enter(self, request: Request, known: list[int], match: Match) -> bool:
+        """Give the request a row, what it can reuse, and pages for the rest; False if there are not enough."""
+        needed = self.limits.pages_for(request.num_known) - match.position // self.limits.page_size
+        room = (
+            self.pages.num_free
+            + self.cache.num_evictable
+            - sum(node.page > 0 and not node.num_users for node in match.nodes)
+        )
+        if needed + self._num_pages_kept_free() > room:
+            return False
+        row = self.rows.take(1)[0]
+        reused = self.cache.acquire(match, row, self._before) if match.position else None
+        holding = reused or self.cache.hold(request.cache_salt)
+        needed = self.limits.pages_for(request.num_known) - holding.num_pages
+        if not self.cache.free_pages(needed, self._before):
+            self.cache.finish(holding, [], 0, row, self._before)
+            self.rows.give_back([row])
+            return False
+        if request.num_cached is None and not request.is_isolated:
+            self.cache.count(match, reused is not None)
+        holding.own_pages += self.pages.take(needed)
+        self.holdings[request.id] = holding
+        request.enter_row(row, match.position if reused else 0)
+        request.cuts = choose_cuts(self.limits, self._turn_ids, known, request.num_computed, match.shared_len)
+        return True
+
+    def _is_being_computed(self, request: Request, known: list[int], num_reused: int) -> bool:
+        """Somebody in prefill has more of the same beginning: it can be reused in a moment."""
+        end = num_reused + MIN_CHECKPOINT_GAP
+        if end >= len(known) or not self.limits.num_checkpoints or request.is_isolated:
+            return False
+        return any(
+            not other.is_decoding
+            and not other.is_isolated
+            and other.cache_salt == request.cache_salt
+            and other.known_ids(0, end) == known[:end]
+            for other in self.running
+        )
 
     def _num_pages_kept_free(self) -> int:
         """What the running requests may need at their next step: who is admitted now should not be preempted then."""
         return len(self.running) * -(-(self.limits.mtp_step + 1) // self.limits.page_size)
 
-    def _cut_chunks(self) -> Batch:
-        budget = self.limits.chunked_prefill_size
-        requests, counts = [], []
-        for request in self.running:
-            if request.is_decoding or budget == 0:
-                continue
-            counts.append(min(budget, request.num_known - request.num_computed))
-            requests.append(request)
-            budget -= counts[-1]
-        return Batch(requests, counts, is_verify=False)
-
     def _preempt(self, request: Request) -> None:
         self.counters.num_preemptions += 1
-        self._release(request)
-        self.waiting.appendleft(request)
+        self._leave(request, keeps_state=True)
+        bisect.insort(self.waiting, request, key=_order)
 
-    def _release(self, request: Request) -> None:
+    def _end_late_requests(self) -> None:
+        now = self.clock()
+        for request in [request for request in self._by_id.values() if request.deadline < now]:
+            self.counters.num_timeouts += 1
+            self._end(request, keeps_state=True)
+            if request.output_ids:
+                self._notices.append(_to_output(request, [], [], FINISH_ABORT))
+            else:
+                message = "the request's time was over before its first token; raise timeout (or --request-timeout)"
+                self._notices.append(Failed(request.id, RequestTimeout.__name__, message))
+
+    def _end(self, request: Request, keeps_state: bool) -> None:
+        del self._by_id[request.id]
+        request.is_over = True
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._leave(request, keeps_state)
+
+    def _leave(self, request: Request, keeps_state: bool) -> None:
+        """Give back row and pages; what was computed stays for others, with a checkpoint where the state stands."""
         assert request.row is not None
+        holding, length = self.holdings.pop(request.id), request.num_computed
+        if request.is_isolated:
+            self.cache.finish(holding, [], 0, request.row, self._before)
+        else:
+            keeps_state = keeps_state and request.is_decoding
+            known = request.known_ids(0, length)
+            self.cache.finish(holding, known, length, request.row, self._before, length if keeps_state else None)
         self.running.remove(request)
         self.rows.give_back([request.row])
-        self.pages.give_back(request.pages)
-        request.forget_device_state()
+        request.leave_row()
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
 
 
 def _to_output(
     request: Request, emitted: list[int], logprobs: list[TokenLogprobs], finish_reason: str | None
 ) -> TokenOutput:
-    last = emitted[-1]
-    ended_by_request = finish_reason == "stop" and last in request.sampling.stop_token_ids
+    ended_by_request = finish_reason == "stop" and emitted[-1] in request.sampling.stop_token_ids
     return TokenOutput(
         request_id=request.id,
         token_ids=emitted,
         logprobs=logprobs,
         finish_reason=finish_reason,
-        stop_token_id=last if ended_by_request else None,
+        stop_token_id=emitted[-1] if ended_by_request else None,
         num_steps=request.num_steps,
         num_proposed=request.num_proposed,
         num_accepted=request.num_accepted,
+        num_cached=request.num_cached or 0,
     )

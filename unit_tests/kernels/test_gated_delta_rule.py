@@ -1,5 +1,6 @@
 """The delta rule against its recurrence, token by token: chunked, folded from the ring, in any rows."""
 
+import itertools
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from kernels.gated_delta_rule import (
     DeltaRing,
     Fold,
+    fold_recorded,
     gated_delta_rule,
     gated_delta_rule_prefill,
     gated_delta_rule_verify,
@@ -181,6 +183,49 @@ def test_a_verify_step_writes_only_its_own_slots():
     written = [slot for slot in range(RING_LEN) if not (ring.k[2, slot] == STALE).all()]
     assert written == [0, 6, 7]
     assert all((part[[1, 3, 4, 5]] == STALE).all() for part in ring)
+
+
+def record_of_layers(num_tokens, dtype=torch.float64):
+    """Two layers' states before and after every one of the tokens, and what a verify step would have recorded."""
+    q, k, v, log_alpha, beta = draw_inputs(2, num_tokens, seed=3)
+    before = torch.randn(2, HV, DK, DV, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    after, u = [[], []], torch.zeros_like(v)
+    for layer in range(2):
+        _, after[layer] = recurrence(q[layer], k[layer], v[layer], log_alpha[layer], beta[layer], before[layer])
+        states = [before[layer], *after[layer]]
+        for t, head in itertools.product(range(num_tokens), range(HV)):
+            seen = (states[t][head] * log_alpha[layer, t, head].exp()).T @ k[layer, t, head // (HV // HK)]
+            u[layer, t, head] = beta[layer, t, head] * (v[layer, t, head] - seen)
+    expected = [before, *(torch.stack(pair) for pair in zip(*after, strict=True))]
+    return before.to(dtype), DeltaRing(k.to(dtype), u.to(dtype), log_alpha.exp().to(dtype)), expected
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_copy_is_folded_by_exactly_as_many_recorded_tokens_as_asked(count):
+    state, recorded, expected = record_of_layers(4)
+    original = state.clone()
+    out = fold_recorded(state, recorded, torch.tensor(count))
+    torch.testing.assert_close(out, expected[count], rtol=0, atol=1e-12)
+    assert torch.equal(state, original)
+    if count:
+        assert (out - expected[count - 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_recorded_tokens_behind_the_count_never_reach_the_copy(count):
+    """Rejected drafts may have left anything, also what is not a number."""
+    state, recorded, expected = record_of_layers(4)
+    for part in recorded:
+        part[:, count:] = torch.nan
+    out = fold_recorded(state, recorded, torch.tensor(count))
+    torch.testing.assert_close(out, expected[count], rtol=0, atol=1e-12)
+
+
+def test_a_folded_copy_keeps_the_width_of_the_state():
+    state, recorded, expected = record_of_layers(3, torch.float32)
+    out = fold_recorded(state, recorded, torch.tensor(3))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected[3], rtol=0, atol=1e-4)
 
 
 def test_gradients_flow_through_whole_sequences():

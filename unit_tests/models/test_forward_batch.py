@@ -114,3 +114,44 @@ def test_next_tokens_are_one_per_request_over_the_same_cache(cache):
     assert following.query_lens == (1, 1)
     assert following.view is batch.view
     assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_next_tokens_for_fewer_requests_are_those_of_the_first(count, cache):
+    batch = make_batch(cache, [4, 2, 7], [3, 0, 5], [2, 4, 1], accepted=[1, 0, 3])
+    positions = torch.tensor([5, 4, 6])[:count]
+    following = batch.next_tokens(torch.tensor([7, 8, 9])[:count], positions)
+    assert following.query_lens == (1,) * count
+    assert following.token_ids.tolist() == [7, 8, 9][:count] and following.positions is positions
+    assert following.view.rows == (4, 2, 7)[:count]
+    for column in ("start_lens", "accept_lens", "page_table", "row_ids"):
+        assert torch.equal(getattr(following.view, column), getattr(batch.view, column)[:count])
+    assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0, 8 * PAGE_SIZE + 2][:count]
+
+
+def test_next_tokens_without_a_cache_have_none():
+    batch = ForwardBatch.whole_sequences(torch.tensor([[5, 6], [8, 9]]))
+    following = batch.next_tokens(torch.tensor([7]), torch.tensor([2]))
+    assert following.view is None and following.query_lens == (1,)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [2, 1]])
+def test_picked_requests_come_in_the_order_asked_for(order, cache):
+    view = make_batch(cache, [4, 2, 7], [3, 0, 5], [2, 4, 1], accepted=[1, 0, 3]).view
+    assert view.row_ids.tolist() == [4, 2, 7]  # computed once: a picked view must not keep it
+    picked = view.pick(order)
+    assert picked.rows == tuple(view.rows[index] for index in order)
+    assert picked.row_ids.tolist() == list(picked.rows)
+    for column in ("start_lens", "accept_lens", "page_table"):
+        assert torch.equal(getattr(picked, column), torch.stack([getattr(view, column)[index] for index in order]))
+    assert picked.cache is cache and picked.is_verify
+
+
+def test_a_picked_view_folds_and_writes_what_its_requests_do(cache):
+    view = make_batch(cache, [4, 2, 7], [9, 6, 20], [4, 4, 4], accepted=[1, 2, 3]).view
+    slots, accepted = view.fold.slots.view(3, 3), view.fold.is_accepted
+    picked = view.pick([2, 0])
+    assert torch.equal(picked.fold.slots.view(2, 3), slots[[2, 0]])
+    assert torch.equal(picked.fold.is_accepted, accepted[[2, 0]])
+    assert torch.equal(picked.delta_write_slots(4).view(2, 4), view.delta_write_slots(4).view(3, 4)[[2, 0]])
+    assert [group for group, _ in picked.fold.groups] == [slice(7, 8), slice(4, 5)]

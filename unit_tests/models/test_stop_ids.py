@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from models.errors import CheckpointError
-from models.stop_ids import read_stop_ids
-from unit_tests.checkpoints import ENDOFTEXT, IM_END, make_checkpoint
+from models.stop_ids import read_stop_ids, read_turn_ids
+from unit_tests.checkpoints import ENDOFTEXT, IM_END, IM_START, make_checkpoint
 
 
 def write(directory, **files) -> None:
@@ -71,6 +71,33 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not readable JSON"):
         read_stop_ids(tmp_path)
+
+
+def test_a_turn_of_a_chat_begins_with_im_start_alone(tmp_path):
+    assert read_turn_ids(make_checkpoint(tmp_path)) == {IM_START}
+    assert read_turn_ids(str(tmp_path)) == {IM_START}
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {},
+        {"added_tokens": None},
+        {"added_tokens": []},
+        {"added_tokens": [{"id": 3, "content": "<|im_end|>"}, {"id": 4, "content": "im_start"}, {"id": 5}]},
+        {"added_tokens": [], "model": {"vocab": {"<|im_start|>": 7}}},
+    ],
+)
+def test_without_an_added_turn_token_no_turn_begins(tokenizer, tmp_path):
+    assert read_turn_ids(tmp_path) == frozenset()
+    write(tmp_path, tokenizer=tokenizer)
+    assert read_turn_ids(tmp_path) == frozenset()
+
+
+def test_a_broken_tokenizer_file_is_named_when_turns_are_read(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not readable JSON"):
+        read_turn_ids(tmp_path)
 
 
 def test_reading_stop_ids_needs_no_torch():

@@ -1,5 +1,6 @@
 """Small engines for the tests, and what must hold after every run."""
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,19 @@ from server.messages import Generate, SamplingParams, TokenOutput
 
 
 def make_engine(checkpoint: Path, **settings: Any) -> Engine:
-    """An engine in float64, where rounding (1e-16) cannot make two correct runs differ, on one thread."""
-    defaults: dict[str, Any] = {"dtype": "float64", "max_model_len": 320, "num_threads": 1}
+    """An engine in float64, where rounding (1e-16) cannot make two correct runs differ, on one thread.
+
+    Without what depends on time: all drafts in every step, whole chunks, no prefix cache, nothing ahead of results.
+    """
+    defaults: dict[str, Any] = {
+        "dtype": "float64",
+        "max_model_len": 320,
+        "num_threads": 1,
+        "speculation": "fixed",
+        "stream_slowdown": math.inf,
+        "prefix_cache": "off",
+        "overlap": "off",
+    }
     return Engine(EngineConfig(model=str(checkpoint), **defaults | settings))
 
 
@@ -50,8 +62,10 @@ def generate(engine: Engine, prompts: Sequence[list[int]], params: Any) -> list[
 
 
 def assert_nothing_left(engine: Engine) -> None:
-    """No page, row or request is held."""
+    """No page, row or request is held; what the prefix cache keeps is accounted for."""
     scheduler = engine.scheduler
-    assert not scheduler.running and not scheduler.waiting and not scheduler._by_id
-    assert scheduler.pages.num_free == scheduler.pages.count
+    assert not scheduler.running and not scheduler.waiting and not scheduler._by_id and not scheduler.holdings
+    scheduler.cache.begin_step()  # what the last pass wrote is settled
+    scheduler.cache.check([])
+    assert scheduler.pages.num_free + scheduler.cache.num_cached_pages == scheduler.pages.count
     assert scheduler.rows.num_free == scheduler.rows.count

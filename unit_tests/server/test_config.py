@@ -1,12 +1,13 @@
 """Settings are written once: the flags, their types and defaults come from the dataclasses, and ranges are checked."""
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
 
-from server.config import MAX_MTP_STEP, EngineConfig, ServerConfig, add_flags, read_flags
+from server.config import MAX_MTP_STEP, EngineConfig, Limits, ServerConfig, add_flags, lookahead, read_flags
 from server.errors import ConfigError
 
 CONFIGS = (EngineConfig, ServerConfig)
@@ -43,7 +44,7 @@ def test_values_get_the_type_of_their_field() -> None:
     assert isinstance(server.drain_timeout, float)
 
 
-@pytest.mark.parametrize("name", ["max_model_len", "max_total_tokens", "num_threads"])
+@pytest.mark.parametrize("name", ["max_model_len", "max_total_tokens", "num_threads", "max_running_requests"])
 def test_a_setting_that_may_be_absent_is_none_or_a_positive_number(name: str) -> None:
     assert getattr(EngineConfig(), name) is None
     assert getattr(EngineConfig(**{name: 1}), name) == 1
@@ -67,6 +68,16 @@ def test_a_value_outside_its_choices_or_type_is_refused_by_the_parser(flag: str,
         (EngineConfig, {"page_size": 0}, "--page-size is 0, it must be at least 1"),
         (EngineConfig, {"chunked_prefill_size": -5}, "--chunked-prefill-size is -5, it must be at least 1"),
         (EngineConfig, {"max_running_requests": 0}, "--max-running-requests is 0, it must be at least 1"),
+        (EngineConfig, {"checkpoint_interval": 0}, "--checkpoint-interval is 0, it must be at least 1"),
+        (EngineConfig, {"checkpoint_bytes": -1}, "--checkpoint-bytes is -1, it must be 0 or more"),
+        (EngineConfig, {"host_cache_bytes": -2}, "--host-cache-bytes is -2, it must be 0 or more"),
+        (EngineConfig, {"watchdog": -3}, "--watchdog is -3, it must be 0 or more"),
+        (EngineConfig, {"mem_fraction_static": 0}, "--mem-fraction-static is 0, the range is above 0 and below 1"),
+        (EngineConfig, {"mem_fraction_static": 1}, "--mem-fraction-static is 1, the range is above 0 and below 1"),
+        (EngineConfig, {"stream_slowdown": 0.99}, "--stream-slowdown is 0.99, it must be at least 1"),
+        (EngineConfig, {"speculation": "x"}, "--speculation is 'x', it must be one of adaptive, fixed"),
+        (EngineConfig, {"overlap": "yes"}, "--overlap is 'yes', it must be one of auto, on, off"),
+        (EngineConfig, {"prefix_cache": ""}, "--prefix-cache is '', it must be one of on, off"),
         (ServerConfig, {"max_queue": 0}, "--max-queue is 0, it must be at least 1"),
         (ServerConfig, {"port": 65536}, "--port is 65536, the range is 0..65535"),
         (ServerConfig, {"port": -1}, "--port is -1, the range is 0..65535"),
@@ -87,6 +98,59 @@ def test_the_ends_of_each_range_are_served() -> None:
     for port in (0, 65535):
         assert ServerConfig(port=port).port == port
     assert ServerConfig(drain_timeout=0).drain_timeout == 0
+
+
+@pytest.mark.parametrize("settings", [{"checkpoint_bytes": 1}, {"host_cache_bytes": 1}])
+def test_memory_for_the_prefix_cache_needs_the_prefix_cache(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(prefix_cache="off", **settings)
+    assert caught.value.message == "--checkpoint-bytes and --host-cache-bytes need --prefix-cache on"
+    assert EngineConfig(**settings).prefix_cache == "on"
+    assert EngineConfig(prefix_cache="off", **dict.fromkeys(settings, 0)).prefix_cache == "off"
+
+
+def test_the_ends_of_the_ranges_of_memory_and_time_are_served() -> None:
+    EngineConfig(checkpoint_bytes=0, host_cache_bytes=0, watchdog=0, checkpoint_interval=1, stream_slowdown=1.0)
+    assert EngineConfig(stream_slowdown=math.inf).stream_slowdown == math.inf
+    for share in (0.001, 0.999):
+        assert EngineConfig(mem_fraction_static=share).mem_fraction_static == share
+
+
+def test_a_request_timeout_may_be_absent_or_a_part_of_a_second_but_not_zero() -> None:
+    assert EngineConfig().request_timeout is None
+    assert EngineConfig(request_timeout=0.25).request_timeout == 0.25
+    for seconds in (0, -1.5, math.nan):
+        with pytest.raises(ConfigError, match=f"^--request-timeout is {seconds}, it must be "):
+            EngineConfig(request_timeout=seconds)
+
+
+def test_optional_settings_get_their_type_from_the_command_line() -> None:
+    flags = ("--checkpoint-bytes", "4096", "--request-timeout", "2", "--max-running-requests", "3")
+    config = parse(EngineConfig, *flags, "--stream-slowdown", "3")
+    assert (config.checkpoint_bytes, config.max_running_requests) == (4096, 3)
+    assert isinstance(config.request_timeout, float) and config.request_timeout == 2.0
+    assert isinstance(config.stream_slowdown, float) and config.stream_slowdown == 3.0
+
+
+def make_limits(mtp_step: int, page_size: int) -> Limits:
+    return Limits(max_running_requests=1, chunked_prefill_size=1, page_size=page_size, num_pages=1, mtp_step=mtp_step)
+
+
+@pytest.mark.parametrize("mtp_step", [0, 1, 3, 8])
+def test_a_decode_step_writes_no_further_ahead_than_is_reserved(mtp_step: int) -> None:
+    """The newest token and K drafts are verified from `length` on; if all are right, K - 1 draft rows follow them."""
+    length = 10
+    verified = list(range(length, length + mtp_step + 1))
+    drafted = list(range(verified[-1] + 1, verified[-1] + mtp_step))
+    assert max(verified + drafted) < length + lookahead(mtp_step)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_pages_hold_the_tokens_and_what_is_written_ahead_but_not_a_page_more(page_size: int) -> None:
+    limits = make_limits(3, page_size)
+    for num_tokens in range(1, 40):
+        held = limits.pages_for(num_tokens) * page_size
+        assert held >= num_tokens + 7 > held - page_size
 
 
 @dataclass(frozen=True)

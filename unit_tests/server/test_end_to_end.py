@@ -78,7 +78,7 @@ def servers(checkpoint: Path) -> Iterator[tuple[RunningServer, RunningServer]]:
     flags = ("--dtype", "float64", "--max-model-len", "512", "--chunked-prefill-size", "64")
     ports = free_ports(2)
     plain = RunningServer(checkpoint, ports[0], *flags)
-    drafting = RunningServer(checkpoint, ports[1], *flags, "--mtp-step", "3")
+    drafting = RunningServer(checkpoint, ports[1], *flags, "--mtp-step", "3", "--speculation", "fixed")
     yield plain.wait_ready(), drafting.wait_ready()
     assert plain.stop() == 0 and drafting.stop() == 0
 
@@ -121,7 +121,8 @@ def test_a_streamed_chat_adds_up_to_the_whole_one_and_usage_counts_drafts(
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     usage = chunks[-1].usage
-    assert usage is not None and usage == whole.usage and usage.completion_tokens_details is not None
+    assert usage is not None and whole.usage is not None and usage.completion_tokens_details is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
     details = usage.completion_tokens_details
     assert details.accepted_prediction_tokens is not None and details.rejected_prediction_tokens is not None
     assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0

@@ -1,9 +1,13 @@
 """A request on the host: what it may emit, what ends it, and what it remembers."""
 
+import dataclasses
+import math
+import random
+
 import pytest
 
 from server.messages import Generate, SamplingParams
-from server.request import Request
+from server.request import Batch, Request, Work
 
 
 def make_request(prompt_len: int = 4, max_model_len: int = 20, **sampling: object) -> Request:
@@ -65,15 +69,112 @@ def test_known_ids_are_slices_of_prompt_and_output() -> None:
             assert request.known_ids(start, end) == whole[start:end]
 
 
-def test_forgetting_the_device_keeps_tokens_and_counts() -> None:
+def test_leaving_a_row_keeps_tokens_and_counts_and_forgets_the_device() -> None:
     request = make_request()
     request.emit([7])
-    request.row, request.pages, request.num_computed, request.is_decoding = 3, [1, 2], 4, True
+    request.enter_row(3, num_computed=2)
+    request.num_computed, request.num_pages_sent, request.num_behind, request.is_decoding = 4, 2, 5, True
     request.num_steps, request.num_proposed, request.num_accepted = 2, 6, 1
-    request.forget_device_state()
-    assert (request.row, request.pages, request.num_computed, request.is_decoding) == (None, [], 0, False)
+    request.leave_row()
+    assert (request.row, request.num_computed, request.num_pages_sent, request.num_behind) == (None, 0, 0, 0)
+    assert not request.is_decoding
     assert request.known_ids(0, 9) == [0, 1, 2, 3, 7]
     assert (request.num_steps, request.num_proposed, request.num_accepted) == (2, 6, 1)
+    assert (request.epoch, request.num_cached) == (1, 2)
+
+
+def test_every_row_that_a_request_leaves_ends_an_epoch_and_only_the_first_counts_as_cached() -> None:
+    request = make_request()
+    assert (request.row, request.epoch, request.num_cached) == (None, 0, None)
+    request.enter_row(5, num_computed=0)
+    assert (request.row, request.num_computed, request.epoch, request.num_cached) == (5, 0, 0, 0)
+    request.leave_row()
+    request.enter_row(2, num_computed=3)
+    assert (request.row, request.num_computed, request.epoch, request.num_cached) == (2, 3, 1, 0)
+
+
+def test_the_longest_length_counts_every_row_in_flight_up_to_the_requests_end() -> None:
+    request = make_request(prompt_len=4, max_tokens=6)
+    request.num_computed = 4
+    assert request.longest_len == 4
+    request.widths_in_flight.append(0)  # the end of the prefill: a token, but no row of the cache
+    assert request.longest_len == 4
+    request.widths_in_flight += [1, 3]
+    assert request.longest_len == 8
+    request.widths_in_flight.append(4)
+    assert request.longest_len == 10  # 4 + 6, not 12
+
+
+def test_no_lengths_that_come_true_exceed_the_longest_one() -> None:
+    """Plans two steps ahead of the results, as the engine does, with every width and any number of accepted tokens."""
+    rng = random.Random(0)
+    for _ in range(200):
+        request = make_request(prompt_len=3, max_tokens=rng.randint(1, 12))
+        request.num_computed = 3
+        request.widths_in_flight.append(0)
+        has_ended = False
+        while not has_ended:
+            if not request.surely_ends:
+                request.widths_in_flight.append(rng.randint(1, 4))
+            bound = request.longest_len
+            width = request.widths_in_flight.pop(0)
+            emitted, reason = request.emit([5] * rng.randint(1, max(1, width)))
+            request.num_computed += len(emitted) if width else 0
+            has_ended = reason is not None
+            assert request.num_computed <= bound <= 3 + request.max_output
+        assert len(request.output_ids) == request.max_output
+
+
+@pytest.mark.parametrize(
+    ("num_output", "num_flying", "expected"), [(0, 4, False), (0, 5, True), (3, 1, False), (3, 2, True)]
+)
+def test_a_request_surely_ends_when_one_token_per_pass_in_flight_is_enough(
+    num_output: int, num_flying: int, expected: bool
+) -> None:
+    request = make_request(max_tokens=5)
+    request.emit([7] * num_output)
+    request.widths_in_flight += [4] * num_flying
+    assert request.surely_ends is expected
+
+
+def test_prompt_tokens_are_counted_once_however_often_they_are_computed() -> None:
+    request = make_request(prompt_len=10)
+    counts = []
+    for num_computed in (4, 4, 10, 12):
+        request.num_computed = num_computed
+        counts.append(request.count_prompt())
+    request.leave_row()
+    for num_computed in (0, 6, 10):
+        request.num_computed = num_computed
+        counts.append(request.count_prompt())
+    assert counts == [4, 0, 6, 0, 0, 0, 0]
+
+
+def test_a_message_hands_over_priority_salt_and_deadline() -> None:
+    message = Generate("a", [1, 2], SamplingParams(), priority=-3, cache_salt="tenant")
+    request = Request.create(message, (), 20, deadline=7.5)
+    assert (request.priority, request.cache_salt, request.deadline) == (-3, "tenant", 7.5)
+    assert Request.create(message, (), 20).deadline == math.inf
+
+
+def test_a_pass_reaches_its_requests_settings_and_knows_whether_anyone_gets_a_token() -> None:
+    request = make_request(temperature=0.25)
+    inside, ending = (Work(request=request, row=1, num_tokens=2, ends_prompt=ends) for ends in (False, True))
+    assert inside.sampling is request.sampling
+    assert not Batch([inside, inside], is_verify=False).ends_any_prompt
+    assert Batch([inside, ending], is_verify=False).ends_any_prompt
+
+
+def test_what_happens_to_a_request_later_does_not_reach_its_planned_work() -> None:
+    request = make_request()
+    request.enter_row(3, num_computed=0)
+    work = Work(request=request, row=3, num_tokens=1, epoch=request.epoch, num_behind=request.num_behind)
+    request.num_behind = 9
+    request.leave_row()
+    request.enter_row(1, num_computed=0)
+    assert (work.row, work.epoch, work.num_behind) == (3, 0, 0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        work.row = 1  # type: ignore[misc]
 
 
 def test_requests_with_equal_fields_are_two() -> None:

@@ -17,12 +17,14 @@ from torch import Tensor
 from models.forward_batch import ForwardBatch
 from models.qwen3_5.model import Qwen35
 from server.backend.runner import Runner
+from server.config import MAX_BEHIND
 from server.engine import Engine
 from server.messages import Generate, SamplingParams
 from server.request import Request
+from server.router.planner import SpeculationState
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.models.cached_run import CachedRun
-from unit_tests.server.engines import make_engine, make_prompts
+from unit_tests.server.engines import generate, make_engine, make_prompts
 from unit_tests.server.test_lossless import assert_every_accept_length_occurs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -59,14 +61,20 @@ def take_snapshots(engine: Engine) -> list[Snapshot]:
 
 def take_snapshot(runner: Runner, request: Request) -> Snapshot:
     table, kv, length = runner.table, runner.table.cache.kv, request.num_computed
+    pages = table.page_table[request.row, : -(-length // kv.page_size)]
     assert table.seq_len[request.row] == length
     newest, *drafts = table.next_ids[request.row].tolist()
     if request.is_decoding:
         assert length == request.num_known - 1 and newest == request.output_ids[-1]
-    rows = kv.data[runner.target.config.num_full_layers :, :, request.pages].flatten(2, 3)[:, :, :length]
+    rows = kv.data[runner.target.config.num_full_layers :, :, pages].flatten(2, 3)[:, :, :length]
     num_rejected = request.num_proposed - request.num_accepted
     return Snapshot(
-        request, length, rows.clone(), drafts if request.is_decoding else None, request.num_steps, num_rejected
+        request,
+        length,
+        rows.clone(),
+        drafts[: request.num_drafts] if request.is_decoding else None,
+        request.num_steps,
+        num_rejected,
     )
 
 
@@ -159,7 +167,8 @@ def check(runner: Runner, snapshots: list[Snapshot], num_drafts: int, num_layers
         if snapshot.drafts is not None and request.sampling.temperature == 0:
             ids, hidden = (values[: length + extra] for values, extra in zip(truth[request], (1, 0), strict=True))
             bias = request.sampling.logit_bias
-            assert snapshot.drafts == independent_drafts(runner, ids, hidden, bias, num_drafts, num_layers)
+            expected = independent_drafts(runner, ids, hidden, bias, num_drafts, num_layers)
+            assert snapshot.drafts == expected[: len(snapshot.drafts)]
 
 
 @pytest.mark.parametrize(("mtp_step", "chunk_size"), [(1, 5), (2, 16), (3, 7), (4, 3)])
@@ -273,3 +282,137 @@ def test_a_draft_that_knows_the_targets_logits_is_always_accepted_under_any_samp
         engine.step()
     counters = engine.scheduler.counters
     assert counters.num_accepted == counters.num_proposed > 10
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A snapshot whose newest `num_behind` rows the head has yet to catch up on; rows `missed` it never will."""
+
+    snapshot: Snapshot
+    num_behind: int
+    missed: frozenset[int]
+
+
+def plan_at_random(engine: Engine, seed: int) -> None:
+    """Depths 0..max_draft, with runs of zeros that end before, at and long after what the head can catch up on."""
+    rng, pauses = random.Random(seed), defaultdict[SpeculationState, int](int)
+
+    def plan(requests: Sequence[SpeculationState]) -> list[int]:
+        depths = []
+        for request in requests:
+            if pauses[request] == 0 and rng.random() < 0.2:
+                pauses[request] = rng.choice([1, 2, 5, MAX_BEHIND - 1, MAX_BEHIND, MAX_BEHIND + 1, 2 * MAX_BEHIND + 3])
+            depths.append(0 if pauses[request] else rng.randint(0, request.max_draft))
+            pauses[request] = max(0, pauses[request] - 1)
+        return depths
+
+    engine.scheduler.planner.plan = plan  # type: ignore[method-assign]
+
+
+def serve_ragged(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Behind]:
+    """Serve prompts that arrive every third step. A position falls out of what was put aside when the request idles on
+    with MAX_BEHIND of them; on another row everything is computed anew."""
+    found: list[Behind] = []
+    missed, before = defaultdict[tuple[Request, int], set[int]](set), dict[tuple[Request, int], int]()
+    waiting, num_steps = list(enumerate(prompts)), 0
+    while waiting or engine.has_work():
+        if waiting and num_steps % 3 == 0:
+            index, prompt = waiting.pop(0)
+            engine.add(Generate(str(index), prompt, params[index % len(params)]))
+        engine.step()
+        num_steps += 1
+        for request in engine.scheduler.running:
+            if not request.num_computed:
+                continue
+            life = request, request.epoch
+            if before.get(life) == request.num_behind == MAX_BEHIND:
+                missed[life].add(request.num_computed - MAX_BEHIND - 1)
+            before[life] = request.num_behind
+            found.append(Behind(take_snapshot(engine.runner, request), request.num_behind, frozenset(missed[life])))
+    return found
+
+
+@torch.inference_mode()
+def check_ragged(runner: Runner, found: list[Behind]) -> None:
+    """Rows that the head has caught up on are the true ones; drafts too, where it has missed nothing."""
+    truth = true_hidden(runner, [one.snapshot for one in found])
+    rows = {request: draft_rows(runner, *pair, 1) for request, pair in truth.items()}
+    num_drafted = 0
+    for one in found:
+        request, length = one.snapshot.request, one.snapshot.length
+        known = [position for position in range(length - one.num_behind) if position not in one.missed]
+        torch.testing.assert_close(one.snapshot.rows[:, :, known], rows[request][:, :, known], rtol=0, atol=1e-9)
+        drafts, is_greedy = one.snapshot.drafts, request.sampling.temperature == 0
+        if drafts and is_greedy and not one.missed:
+            ids, hidden = (values[: length + extra] for values, extra in zip(truth[request], (1, 0), strict=True))
+            assert drafts == independent_drafts(runner, ids, hidden, request.sampling.logit_bias, len(drafts), 1)
+            num_drafted += 1
+    assert num_drafted > 10
+
+
+@pytest.mark.parametrize(("mtp_step", "num_tokens", "seed"), [(1, 400, 2), (3, 400, 1), (3, 170, 2), (5, 400, 2)])
+def test_a_head_that_fell_behind_catches_up_on_what_was_put_aside(
+    checkpoint: Path, mtp_step: int, num_tokens: int, seed: int
+) -> None:
+    settings = {"max_model_len": 100, "max_total_tokens": num_tokens, "max_running_requests": 4, "page_size": 4}
+    engine = make_engine(checkpoint, mtp_step=mtp_step, chunked_prefill_size=16, **settings)
+    plan_at_random(engine, seed)
+    params = [replace(each, max_tokens=55) for each in (GREEDY, SEEDED, LEANING)]
+    prompts = [[(7 * index + step) % 256 for step in range(length)] for index, length in enumerate((20, 1, 2, 9, 5))]
+    found = serve_ragged(engine, prompts, params)
+    behind = {one.num_behind for one in found}
+    assert behind == set(range(MAX_BEHIND + 1)) and any(one.missed for one in found)
+    assert any(one.missed and one.num_behind == 0 for one in found), "some catch up although they have missed rows"
+    assert (engine.scheduler.counters.num_preemptions > 0) == (num_tokens < 400)
+    check_ragged(engine.runner, found)
+    outputs = {int(one.snapshot.request.id): one.snapshot.request.output_ids for one in found}
+    plain = make_engine(checkpoint)
+    expected = [generate(plain, [prompt], params[index % 3])[0] for index, prompt in enumerate(prompts)]
+    assert [outputs[index] for index in range(len(prompts))] == expected
+
+
+def test_rows_that_were_missed_for_too_long_stay_as_they_were(checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, mtp_step=3, max_running_requests=3, max_model_len=100)
+    plan_at_random(engine, 5)
+    found = serve_ragged(engine, [[1, 2, 3], [4], [5, 6]], [replace(GREEDY, max_tokens=70)])
+    first: dict[tuple[Request, int], Tensor] = {}
+    truth = true_hidden(engine.runner, [one.snapshot for one in found])
+    rows = {request: draft_rows(engine.runner, *pair, 1) for request, pair in truth.items()}
+    for one in found:
+        for position in one.missed:
+            row = one.snapshot.rows[:, :, position]
+            assert torch.equal(first.setdefault((one.snapshot.request, position), row), row)
+    assert len(first) > 10
+    different = [not torch.allclose(row, rows[request][:, :, position]) for (request, position), row in first.items()]
+    assert all(different), "nothing was computed for them"
+
+
+@pytest.mark.parametrize("num_idle", [1, 4, MAX_BEHIND, MAX_BEHIND + 5])
+def test_idling_costs_no_pass_of_the_head_and_catching_up_one_over_the_rows_put_aside(
+    checkpoint: Path, num_idle: int
+) -> None:
+    engine = make_engine(checkpoint, mtp_step=2)
+    depths = iter([0] * (1 + num_idle) + [2] * 100)  # the first is planned with the prefill
+    engine.scheduler.planner.plan = lambda requests: [min(next(depths), requests[0].max_draft)]  # type: ignore[assignment]
+    passes: list[list[int]] = []
+    assert engine.runner.draft is not None
+    engine.runner.draft.register_forward_hook(lambda module, args, out: passes[-1].append(len(out)))
+    engine.add(Generate("a", [3, 1, 4, 1, 5], replace(GREEDY, max_tokens=40)))
+    for _ in range(num_idle + 3):
+        passes.append([])
+        engine.step()
+    assert passes[0] == [5], "the prompt's rows, without a draft"
+    assert passes[1 : 1 + num_idle] == [[]] * num_idle
+    assert passes[1 + num_idle :] == [[min(num_idle, MAX_BEHIND) + 1, 1], [3, 1]]
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("mode", ["eagle", "vanilla"])
+def test_random_depths_give_the_tokens_of_plain_decoding(three_layers: Path, mode: str, overlap: str) -> None:
+    engine = make_engine(three_layers, mtp_step=4, mtp_mode=mode, overlap=overlap, chunked_prefill_size=7)
+    plan_at_random(engine, 9)
+    prompts = make_prompts(6, 30, 256, seed=6)
+    params = [replace(each, max_tokens=30) for each in (GREEDY, LEANING, SEEDED)] * 2
+    ragged = generate(engine, prompts, params)
+    assert 0 < engine.scheduler.counters.num_accepted < engine.scheduler.counters.num_proposed
+    assert ragged == generate(make_engine(three_layers), prompts, params)

@@ -12,7 +12,7 @@ from server.backend.request_table import RequestTable, has_penalty
 from server.messages import Generate, SamplingParams
 from server.request import Request
 from unit_tests.checkpoints import make_checkpoint
-from unit_tests.server.backend.tables import VOCAB_SIZE, make_request, make_table
+from unit_tests.server.backend.tables import VOCAB_SIZE, admit, make_request, make_table, prefill_work
 from unit_tests.server.engines import generate, make_engine, make_prompts
 
 PENALTIES: tuple[dict[str, Any], ...] = (
@@ -37,7 +37,9 @@ def test_admit_makes_one_row_that_of_an_empty_sequence_with_the_requests_setting
     table = make_table()
     settings = {"temperature": 0.5, "top_p": 0.75, "min_p": 0.25, "top_k": 7, "min_tokens": 3, "seed": -(2**63)}
     penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.125, "presence_penalty": -2.0}
-    table.admit(make_request(2, [4, 5, 6, 4], **settings, **penalties))
+    request = make_request(2, [4, 5, 6, 4], max_tokens=20, stop_token_ids=(8, 3), **settings, **penalties)
+    admit(table, request)
+    assert table.longest_len[2] == 24 and table.stop_ids[2].tolist() == [3, 8, *[-1] * 14]
     assert table.page_table[2].tolist() == [0] * 5 and table.seq_len[2] == table.accept_len[2] == 0
     assert (table.prompt_len[2], table.min_tokens[2], table.top_k[2], table.seed[2]) == (4, 3, 7, -(2**63))
     assert (table.temperature[2], table.top_p[2], table.min_p[2]) == (0.5, 0.75, 0.25)
@@ -79,17 +81,44 @@ def test_without_drafts_only_the_newest_token_waits() -> None:
 
 def test_pages_are_added_as_a_request_gets_them_and_forgotten_with_its_row() -> None:
     table = make_table()
-    request = make_request(1, [1])
-    table.admit(request)
-    for pages, expected in (([5, 9], [5, 9, 0, 0, 0]), ([5, 9], [5, 9, 0, 0, 0]), ([5, 9, 2], [5, 9, 2, 0, 0])):
-        request.pages = pages
-        table.write_pages(request)
-        assert table.page_table[1].tolist() == expected
-    successor = make_request(1, [2])
-    table.admit(successor)
-    successor.pages = [3, 4]
-    table.write_pages(successor)
+    admit(table, make_request(1, [1]))
+    table.write_pages(1, 0, [5, 9])
+    assert table.page_table[1].tolist() == [5, 9, 0, 0, 0]
+    table.write_pages(1, 2, [2])
+    assert table.page_table[1].tolist() == [5, 9, 2, 0, 0]
+    admit(table, make_request(1, [2]))
+    table.write_pages(1, 0, [3, 4])
     assert table.page_table[1].tolist() == [3, 4, 0, 0, 0]
+
+
+def test_a_row_that_begins_behind_a_reused_prefix_keeps_the_state_that_was_restored() -> None:
+    table = make_table()
+    table.cache.gdn.state[:, 2] = 7
+    request = make_request(2, [4, 5, 6, 4])
+    request.num_computed = 3
+    table.admit(prefill_work(request, 1, is_new=True))
+    assert table.seq_len[2] == 3 and table.accept_len[2] == 0 and (table.cache.gdn.state[:, 2] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "accept_len", "start", "expected"),
+    [
+        ([1, 2, 3, 4], 4, 5, 4),
+        ([1, 8, 3, 8], 4, 5, 2),
+        ([8, 8, 3, 4], 3, 5, 1),
+        ([1, 2, 3, 8], 2, 5, 2),
+        ([1, 2, 3, 4], 4, 8, 3),  # twelve tokens at most: nine are known
+        ([1, 2, 3, 4], 4, 11, 1),
+        ([1, 2, 3, 4], 4, 14, 1),
+    ],
+)
+def test_a_step_is_cut_behind_a_stop_id_and_at_the_longest_length(
+    token_ids: list[int], accept_len: int, start: int, expected: int
+) -> None:
+    table = make_table()
+    admit(table, make_request(3, [1, 2], max_tokens=10, stop_token_ids=(8,)))
+    rows, tensors = torch.tensor([3]), (torch.tensor([start]), torch.tensor([token_ids]), torch.tensor([accept_len]))
+    assert table.cut(rows, *tensors).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +143,7 @@ def test_penalty_counts_equal_the_emitted_tokens_after_any_history(seed: int) ->
         if row not in requests or rng.random() < 0.2:  # a new request, or one that comes back with its output
             prompt, output = ([rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 9))] for _ in range(2))
             requests[row] = make_request(row, prompt, output[: rng.randrange(9)], **rng.choice(PENALTIES))
-            table.admit(requests[row])
+            admit(table, requests[row])
         rows = rng.sample(sorted(requests), rng.randint(1, len(requests)))
         tokens = [[rng.randrange(4) for _ in range(4)] for _ in rows]
         accept_lens = [rng.randint(0, 4) for _ in rows]

@@ -14,7 +14,7 @@ from models.forward_batch import ForwardBatch
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampler
 from server.request import Batch, Request
-from unit_tests.server.backend.tables import VOCAB_SIZE, make_request, make_table
+from unit_tests.server.backend.tables import VOCAB_SIZE, admit, make_request, make_table, prefill_work, verify_work
 
 EOS_IDS = (0, 1)
 RULES: tuple[dict[str, Any], ...] = (
@@ -50,7 +50,7 @@ def draw_logits(num_requests: int, num_rows: int, seed: int) -> Tensor:
 def make_sampler(requests: list[Request], mtp_step: int = 3) -> Sampler:
     table: RequestTable = make_table(mtp_step)
     for request in requests:
-        table.admit(request)
+        admit(table, request)
     return Sampler(table, EOS_IDS)
 
 
@@ -60,8 +60,10 @@ def verify_pass(requests: list[Request], drafts: list[list[int]]) -> tuple[Forwa
     counts = [len(row) for row in window]
     starts = [request.num_known - 1 for request in requests]
     positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-    forward = ForwardBatch(torch.tensor(window).flatten(), torch.tensor(positions), tuple(counts))
-    return forward, Batch(requests, counts, is_verify=True)
+    token_ids = torch.tensor([token for row in window for token in row])
+    forward = ForwardBatch(token_ids, torch.tensor(positions), tuple(counts))
+    works = [verify_work(request, count) for request, count in zip(requests, counts, strict=True)]
+    return forward, Batch(works, is_verify=True)
 
 
 def prefill_pass(requests: list[Request], counts: list[int]) -> tuple[ForwardBatch, Batch]:
@@ -70,7 +72,8 @@ def prefill_pass(requests: list[Request], counts: list[int]) -> tuple[ForwardBat
     ids = [token for one, span in zip(requests, spans, strict=True) for token in one.known_ids(span.start, span.stop)]
     positions = [position for span in spans for position in span]
     forward = ForwardBatch(torch.tensor(ids), torch.tensor(positions), tuple(counts))
-    return forward, Batch(requests, counts, is_verify=False)
+    works = [prefill_work(request, count) for request, count in zip(requests, counts, strict=True)]
+    return forward, Batch(works, is_verify=False)
 
 
 def naive_token(logits: Tensor, request: Request, position: int, drafted: list[int]) -> int:
@@ -105,9 +108,9 @@ def test_a_mixed_verify_batch_draws_what_a_loop_over_requests_and_rows_draws(see
         [naive_token(logits[i, t], request, request.num_known + t, drafts[i][:t]) for t in range(4)]
         for i, request in enumerate(requests)
     ]
-    sampled = make_sampler(requests).sample(logits, forward, batch)
+    sampled = make_sampler(requests).sample(logits.flatten(0, 1), forward, batch)
     assert sampled.token_ids.tolist() == expected
-    assert torch.equal(sampled.logits, raw), "the raw logits stay raw"
+    assert torch.equal(sampled.logits, raw.flatten(0, 1)), "the raw logits stay raw"
     naive_lens = [1 + next((t for t in range(3) if row[t] != d[t]), 3) for row, d in zip(expected, drafts, strict=True)]
     assert sampled.accept_lens.tolist() == naive_lens
 
@@ -125,7 +128,7 @@ def test_a_mixed_verify_batch_draws_what_a_loop_over_requests_and_rows_draws(see
 def test_one_rule_alone_moves_a_greedy_request_that_is_alone(rule: dict[str, Any]) -> None:
     request = make_request(2, list(range(12)), [12, 13, 14], temperature=0, **rule)
     logits = torch.arange(VOCAB_SIZE).flip(0).double().expand(1, 4, -1) / 10 + 1
-    sampled = make_sampler([request]).sample(logits, *verify_pass([request], [[1, 2, 3]]))
+    sampled = make_sampler([request]).sample(logits.flatten(0, 1), *verify_pass([request], [[1, 2, 3]]))
     expected = [naive_token(logits[0, t], request, request.num_known + t, [1, 2, 3][:t]) for t in range(4)]
     assert sampled.token_ids.tolist() == [expected] and 0 not in expected
 
@@ -137,7 +140,7 @@ def test_a_mixed_prefill_batch_draws_at_the_end_of_each_chunk(seed: int) -> None
     counts = [request.num_known - rng.choice([0, 0, 1]) for request in requests]
     forward, batch = prefill_pass(requests, counts)
     logits = draw_logits(4, 1, seed)
-    sampled = make_sampler(requests).sample(logits, forward, batch)
+    sampled = make_sampler(requests).sample(logits.flatten(0, 1), forward, batch)
     ends = [int(count == request.num_known) for request, count in zip(requests, counts, strict=True)]
     assert sampled.accept_lens.tolist() == ends
     for i in range(4):
@@ -152,7 +155,7 @@ def test_drafts_count_up_to_the_first_wrong_one_and_one_token_comes_on_top(draft
     request = make_request(2, [1, 2], [6], temperature=0)
     logits = torch.zeros(1, 4, VOCAB_SIZE)
     logits[0, torch.arange(4), torch.tensor([7, 8, 9, 4])] = 1
-    sampled = make_sampler([request]).sample(logits, *verify_pass([request], [drafts]))
+    sampled = make_sampler([request]).sample(logits.flatten(0, 1), *verify_pass([request], [drafts]))
     assert sampled.token_ids.tolist() == [[7, 8, 9, 4]] and sampled.accept_lens.tolist() == [accept_len]
 
 
@@ -162,7 +165,7 @@ def test_stop_ids_are_held_back_in_exactly_the_first_min_tokens_rows(num_output:
     logits = torch.zeros(1, 4, VOCAB_SIZE)
     logits[..., [7, *EOS_IDS]] = torch.tensor([5.0, 4.0, 3.0])
     logits[..., 8] = 2
-    sampled = make_sampler([request]).sample(logits, *verify_pass([request], [[8, 8, 8]]))
+    sampled = make_sampler([request]).sample(logits.flatten(0, 1), *verify_pass([request], [[8, 8, 8]]))
     num_held = min(4, max(0, 5 - num_output))
     assert sampled.token_ids.tolist() == [[8] * num_held + [7] * (4 - num_held)]
 
@@ -171,7 +174,7 @@ def test_a_penalty_counts_the_drafts_before_a_row_and_not_the_newest_token_twice
     request = make_request(1, [2], [5], temperature=0, frequency_penalty=1.0)
     logits = torch.zeros(1, 4, VOCAB_SIZE)
     logits[..., 5], logits[..., 6] = 2.5, 0.75  # after one 5 it leads by 0.75, after two it trails by 0.25
-    sampled = make_sampler([request]).sample(logits, *verify_pass([request], [[9, 5, 9]]))
+    sampled = make_sampler([request]).sample(logits.flatten(0, 1), *verify_pass([request], [[9, 5, 9]]))
     assert sampled.token_ids.tolist() == [[5, 5, 6, 6]]
 
 
@@ -181,9 +184,9 @@ def test_plain_requests_in_company_of_ruled_ones_draw_as_alone() -> None:
     ruled = [draw_request(rng, row, RULES[index] | LAWS[0]) for row, index in ((1, 2), (3, 5))]
     company = [ruled[0], plain[0], ruled[1], plain[1]]
     logits, drafts = draw_logits(4, 4, seed=5), [[4, 5, 6]] * 4
-    together = make_sampler(company).sample(logits, *verify_pass(company, drafts))
+    together = make_sampler(company).sample(logits.flatten(0, 1), *verify_pass(company, drafts))
     for index, request in ((1, plain[0]), (3, plain[1])):
-        alone = make_sampler([request]).sample(logits[[index]], *verify_pass([request], drafts[:1]))
+        alone = make_sampler([request]).sample(logits[index], *verify_pass([request], drafts[:1]))
         assert torch.equal(together.token_ids[[index]], alone.token_ids)
     assert torch.equal(together.token_ids[1], logits[1].argmax(-1))
 
@@ -195,16 +198,16 @@ def test_a_draft_row_with_the_targets_logits_draws_the_targets_token() -> None:
     sampler, logits = make_sampler(requests), draw_logits(4, 4, seed=2)
     forward, batch = verify_pass(requests, [[0, 0, 0]] * 4)
     positions = forward.positions.view(4, 4) + 1
-    target = sampler.sample(logits, forward, batch).token_ids
+    target = sampler.sample(logits.flatten(0, 1), forward, batch).token_ids
     for row in range(4):
-        drafted = sampler.draw(logits[:, [row]], batch, positions[:, [row]])
+        drafted = sampler.draw(logits[:, [row]], batch.works, positions[:, [row]])
         assert torch.equal(drafted, target[:, [row]])
 
 
 def test_equal_logits_at_other_positions_or_with_another_seed_draw_other_tokens() -> None:
     requests = [make_request(row, [1], [2], temperature=1.0, seed=seed) for row, seed in ((1, 5), (2, 5), (3, 6))]
-    batch, positions = Batch(requests, [1] * 3, is_verify=True), torch.arange(200).expand(3, -1)
-    tokens = make_sampler(requests).draw(torch.zeros(3, 200, VOCAB_SIZE), batch, positions)
+    works, positions = [verify_work(request, 1) for request in requests], torch.arange(200).expand(3, -1)
+    tokens = make_sampler(requests).draw(torch.zeros(3, 200, VOCAB_SIZE), works, positions)
     assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
     assert len(set(tokens[0].tolist())) == VOCAB_SIZE
 
@@ -219,7 +222,7 @@ def test_logprobs_are_the_raw_ones_of_emitted_tokens_for_those_who_asked() -> No
     requests = [make_request(row, [1, 2], [3], **one) for row, one in zip((5, 2, 3, 1), settings, strict=True)]
     sampler, logits = make_sampler(requests), draw_logits(4, 4, seed=9)
     forward, batch = verify_pass(requests, [[6, 6, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
-    sampled = replace(sampler.sample(logits, forward, batch), accept_lens=torch.tensor([3, 2, 4, 0]))
+    sampled = replace(sampler.sample(logits.flatten(0, 1), forward, batch), accept_lens=torch.tensor([3, 2, 4, 0]))
     results = sampler.read_logprobs(sampled, batch)
     assert [len(entries) for entries in results] == [3, 0, 4, 0]
     logprobs = logits.log_softmax(-1)
@@ -230,3 +233,30 @@ def test_logprobs_are_the_raw_ones_of_emitted_tokens_for_those_who_asked() -> No
             assert entry.logprob == pytest.approx(row[int(sampled.token_ids[index, t])], abs=1e-12)
             assert entry.top_ids == best and entry.top_logprobs == pytest.approx([row[i] for i in best], abs=1e-12)
     assert sampled.token_ids[0, 0] == 6 and results[0][0].top_ids[0] != 6, "the bias moves the draw, not the logprobs"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ragged_windows_draw_and_count_what_each_request_draws_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    requests = [draw_request(rng, row, draw_settings(rng)) for row in rng.sample(range(1, 6), 5)]
+    widths = sorted((rng.randint(1, 4) for _ in requests), reverse=True)
+    drafts = [[rng.randrange(VOCAB_SIZE) for _ in range(width - 1)] for width in widths]
+    logits = [draw_logits(1, width, seed + width)[0] for width in widths]
+    together = make_sampler(requests).sample(torch.cat(logits), *verify_pass(requests, drafts))
+    assert together.token_ids.shape == (5, widths[0])
+    first = 0
+    for index, (request, width) in enumerate(zip(requests, widths, strict=True)):
+        alone = make_sampler([request]).sample(logits[index], *verify_pass([request], drafts[index : index + 1]))
+        assert torch.equal(together.token_ids[index, :width], alone.token_ids[0])
+        assert torch.equal(together.next_ids[first : first + width], alone.next_ids)
+        assert together.accept_lens[index] == alone.accept_lens[0]
+        first += width
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_request_with_a_number_that_is_none_is_told_from_the_others(bad: float) -> None:
+    requests = [make_request(row, [1], [2], temperature=0) for row in (1, 2, 3)]
+    logits = draw_logits(3, 4, seed=1)
+    logits[1, 2, 5] = bad
+    sampled = make_sampler(requests).sample(logits.flatten(0, 1), *verify_pass(requests, [[1, 2, 3]] * 3))
+    assert sampled.is_finite.tolist() == [True, False, True]

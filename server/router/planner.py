@@ -1,0 +1,416 @@
+"""How many drafts each request gets at the next decode step: what costs least time per committed token. No torch.
+
+A step with depths d_i verifies B + Σ d_i rows, runs the draft head over the rows of those that want drafts, and once
+more for every further draft. What each of these costs is measured at start-up (`CostTable`), what it gives is learned
+from what was accepted (`Acceptance`). Knows counts and seconds, never tokens.
+"""
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+# Plans between two looks at the draft behind the last one that pays, when there is no reason to hurry or to give up.
+PROBE_INTERVAL = 32
+# After a probe that went well, or where drafts have just stopped to pay: noise should not cost long.
+MIN_PROBE_INTERVAL = 4
+MAX_PROBE_INTERVAL = 4 * PROBE_INTERVAL
+# What the average over the server's requests starts from, and how fast it moves.
+FIRST_ACCEPTANCE = 0.7
+_SERVER_WEIGHT = 0.01
+# The server's average counts as much as this many observations of a new request.
+_PRIOR_OBSERVATIONS = 4
+_WEIGHT = 0.02
+_DRIFT_WEIGHT = 0.1
+_PROBE_WEIGHT = 0.3
+# Tokens per second that all probes together may cost, as a share, and how much of it may be saved up for one of them.
+_PROBE_SHARE = 0.005
+_MAX_PROBE_BUDGET = 0.1
+_GAIN_WEIGHT = 0.02
+# A plain step shows the machine's load; one with drafts shows the load or an error of the cost table.
+_PLAIN_LOAD_WEIGHT = 0.1
+_LOAD_WEIGHT = 0.01
+_MAX_LOAD_JUMP = 4.0
+
+Grid = Mapping[tuple[int, int], float]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of the parts of a decode step, by (batch, rows per request) or batch; every grid is complete.
+
+    `verify_seconds`: the target over that many rows of each request. `extend_seconds`: the draft head over as many
+    rows, the first draft included. `draft_seconds`: the draft head once more, on one row of each request.
+    """
+
+    verify_seconds: dict[tuple[int, int], float]
+    draft_seconds: dict[int, float]
+    extend_seconds: dict[tuple[int, int], float]
+
+    @classmethod
+    def from_samples(cls, verify: Grid, draft: Mapping[int, float], extend: Grid) -> "CostTable":
+        """From noisy measurements: more requests or rows never cost less. Samples that obey this stay as they are."""
+        return cls(_monotone(verify), _monotone_line(draft), _monotone(extend))
+
+    def verify(self, batch: int, num_rows: int) -> float:
+        """Seconds to verify `batch` >= 1 requests with num_rows >= batch rows in all, linear beyond samples too."""
+        return _interpolate_grid(self._verify_lines, batch, num_rows / batch)
+
+    def draft(self, batch: int) -> float:
+        """Seconds to propose one more draft for each of `batch` requests."""
+        return max(0.0, _interpolate(self._draft_line, batch)) if batch else 0.0
+
+    def extend(self, batch: int, num_rows: int) -> float:
+        """Seconds to run the draft head over num_rows >= batch rows of `batch` requests and propose the first draft."""
+        return _interpolate_grid(self._extend_lines, batch, num_rows / batch) if batch else 0.0
+
+    @cached_property
+    def _verify_lines(self) -> "_Lines":
+        return _lines(self.verify_seconds)
+
+    @cached_property
+    def _extend_lines(self) -> "_Lines":
+        return _lines(self.extend_seconds)
+
+    @cached_property
+    def _draft_line(self) -> "_Line":
+        return sorted(self.draft_seconds.items())
+
+
+_Line = list[tuple[int, float]]  # (place, seconds), by place
+_Lines = list[tuple[int, _Line]]  # (batch, line over the width), by batch
+
+
+def _monotone(samples: Grid) -> dict[tuple[int, int], float]:
+    """The middle between the lowest monotone surface above the samples and the highest one below them."""
+
+    def below(key: tuple[int, int]) -> Iterable[float]:
+        return (seconds for other, seconds in samples.items() if other[0] <= key[0] and other[1] <= key[1])
+
+    def above(key: tuple[int, int]) -> Iterable[float]:
+        return (seconds for other, seconds in samples.items() if other[0] >= key[0] and other[1] >= key[1])
+
+    return {key: (max(below(key)) + min(above(key))) / 2 for key in samples}
+
+
+def _monotone_line(samples: Mapping[int, float]) -> dict[int, float]:
+    smooth = _monotone({(batch, 1): seconds for batch, seconds in samples.items()})
+    return {batch: seconds for (batch, _), seconds in smooth.items()}
+
+
+def _lines(grid: Grid) -> _Lines:
+    batches, widths = (sorted({key[axis] for key in grid}) for axis in (0, 1))
+    assert len(grid) == len(batches) * len(widths), "a grid of costs has holes"
+    return [(batch, [(width, grid[batch, width]) for width in widths]) for batch in batches]
+
+
+def _interpolate(line: _Line, place: float) -> float:
+    """On the straight line through the two samples around the place, or the two nearest to it."""
+    if len(line) == 1:
+        return line[0][1]
+    right = min(max(bisect.bisect_left(line, (place,)), 1), len(line) - 1)
+    (x0, y0), (x1, y1) = line[right - 1], line[right]
+    return y0 + (y1 - y0) * (place - x0) / (x1 - x0)
+
+
+def _interpolate_grid(lines: _Lines, batch: int, width: float) -> float:
+    return max(0.0, _interpolate([(size, _interpolate(line, width)) for size, line in lines], batch))
+
+
+class Acceptance:
+    """How likely the drafts of one request are accepted: per position, given that those before it were.
+
+    Exponential averages: they start from `prior`, which counts as much as a few observations, so that a request's own
+    first steps move them most. Afterwards they move slowly, or a draft that pays would be given up for noise; but when
+    they err to the same side for long, the text has changed and they move fast (as in Trigg and Leach, 1967).
+    `survivals[j]` is the probability that the first j + 1 drafts are all accepted.
+    """
+
+    def __init__(self, prior: Sequence[float]):
+        self.estimates = list(prior)
+        self.survivals: list[float] = []
+        self._counts = [0] * len(prior)
+        self._drifts = [0.0] * len(prior)
+        self._multiply()
+
+    def survival(self, num_drafts: int) -> float:
+        """Probability that the first num_drafts drafts are all accepted."""
+        return self.survivals[num_drafts - 1] if num_drafts else 1.0
+
+    def update(self, num_proposed: int, num_accepted: int, probed: int = 0) -> None:
+        """Learn from one verify step. The draft after the accepted ones was refused, those behind it show nothing.
+        Draft number `probed` (0: none) is looked at so seldom that what it shows counts more."""
+        for position, is_accepted in _evidence(num_proposed, num_accepted):
+            self._counts[position] += 1
+            error = is_accepted - self.estimates[position]
+            self._drifts[position] += _DRIFT_WEIGHT * (error - self._drifts[position])
+            weight = max(_WEIGHT, 1 / (self._counts[position] + _PRIOR_OBSERVATIONS), self._drifts[position] ** 2)
+            if position == probed - 1:
+                weight = max(weight, _PROBE_WEIGHT)
+            self.estimates[position] += weight * error
+        self._multiply()
+
+    def _multiply(self) -> None:
+        self.survivals.clear()
+        survival = 1.0
+        for estimate in self.estimates:
+            survival *= estimate
+            self.survivals.append(survival)
+
+
+def _evidence(num_proposed: int, num_accepted: int) -> Iterable[tuple[int, bool]]:
+    """(index, accepted) of every draft that was judged."""
+    return ((index, index < num_accepted) for index in range(min(num_proposed, num_accepted + 1)))
+
+
+@dataclass(eq=False)
+class SpeculationState:
+    """What the planner remembers of one request. The scheduler keeps it and sets `max_draft` before every plan.
+
+    `depth` is what paid at the last plan; `num_waiting` plans ago one draft more was last tried, and after
+    `probe_interval` it is tried again. `probe_depth` is the draft that was tried and not heard of yet, 0: none.
+    """
+
+    max_draft: int = 0
+    acceptance: Acceptance | None = None
+    depth: int = 0
+    probe_depth: int = 0
+    num_waiting: int = 0
+    probe_interval: int = PROBE_INTERVAL
+
+    def settle(self, depth: int) -> None:
+        """Note what pays at this plan. What has just stopped to pay is looked at again soon."""
+        if depth < self.depth:
+            self.num_waiting, self.probe_interval = 0, MIN_PROBE_INTERVAL
+        self.num_waiting += 1
+        self.depth = depth
+
+    def begin_probe(self) -> int:
+        """The depth of a step that tries one draft more than pays."""
+        self.num_waiting, self.probe_depth = 0, self.depth + 1
+        return self.probe_depth
+
+    def end_probe(self, num_proposed: int, num_accepted: int) -> int:
+        """The draft that this result is a probe of (0: none). One that was accepted is tried again soon, else later."""
+        probed = self.probe_depth
+        if not 0 < probed <= num_proposed:
+            return 0
+        self.probe_depth = 0
+        if num_accepted >= probed:
+            self.probe_interval = MIN_PROBE_INTERVAL
+        elif num_accepted == probed - 1:
+            self.probe_interval = min(2 * self.probe_interval, MAX_PROBE_INTERVAL)
+        return probed
+
+
+class _Gain:
+    """Time that plain decoding would need for some tokens over the time they took; the last ones count most."""
+
+    def __init__(self) -> None:
+        self._plain_seconds = self._seconds = 0.0
+
+    def add(self, plain_seconds: float, seconds: float) -> None:
+        self._plain_seconds += _GAIN_WEIGHT * (plain_seconds - self._plain_seconds)
+        self._seconds += _GAIN_WEIGHT * (seconds - self._seconds)
+
+    @property
+    def value(self) -> float:
+        # Both averages started from 0 with the same weights, so their ratio is right from the first step on.
+        return self._plain_seconds / self._seconds if self._seconds else 1.0
+
+
+@dataclass
+class _Costs:
+    """A CostTable that remembers its answers: they are asked for hundreds of times per plan."""
+
+    table: CostTable
+    mtp_step: int
+    _verify: dict[int, list[float]] = field(default_factory=dict)
+    _draft: list[float] = field(default_factory=lambda: [0.0])
+    _extend: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def verify(self, batch: int) -> list[float]:
+        """Seconds to verify 0, 1, ... drafts of a batch."""
+        if batch not in self._verify:
+            counts = range(batch * self.mtp_step + 1)
+            self._verify[batch] = [max(self.table.verify(batch, batch + count), 1e-9) for count in counts]
+        return self._verify[batch]
+
+    def draft(self, batch: int) -> list[float]:
+        """Seconds of one draft for 0, 1, ... at least `batch` requests."""
+        while len(self._draft) <= batch:
+            self._draft.append(self.table.draft(len(self._draft)))
+        return self._draft
+
+    def prefixes(self, batch: int, positions: Iterable[int]) -> list[float]:
+        """Seconds of the steps with the first 1, 2, ... of these drafts, each given by its index in its request."""
+        verify, draft, extend, seconds = self.verify(batch), self.draft(batch), self._extend, []
+        alive = [0] * self.mtp_step
+        chain = 0.0
+        for count, position in enumerate(positions, start=1):
+            alive[position] += 1
+            if position:
+                chain += draft[alive[position]] - draft[alive[position] - 1]
+            key = (alive[0], alive[0] + count)
+            if key not in extend:
+                extend[key] = self.table.extend(*key)
+            seconds.append(verify[count] + extend[key] + chain)
+        return seconds
+
+    def step(self, depths: Sequence[int]) -> float:
+        """Seconds of a step with these depths."""
+        positions = [position for depth in depths for position in range(depth)]
+        return self.prefixes(len(depths), positions)[-1] if positions else self.verify(len(depths))[0]
+
+    def rate(self, survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> float:
+        """Tokens per second that a step with these depths promises."""
+        return _num_expected(survivals, depths) / self.step(depths)
+
+
+class Planner:
+    """Chooses depths, learns from results, and says what speculation gains.
+
+    Without costs, or when not adaptive, everybody gets as many drafts as allowed, mtp_step at most. Else the drafts of
+    all requests compete. A draft counts by the probability that it is reached and accepted; what the verify costs
+    depends on their number, what the draft head costs mostly on the longest chain. So for every longest chain the
+    drafts are taken by probability, and the number of them is kept that gives most tokens per second.
+
+    Probes: what is never proposed is never judged, so now and then a request gets one draft more than pays. This
+    happens only where it would pay if it were accepted every time, and rather for several requests in one step: the
+    draft head and a wider verify cost much for the first of them and little for the others. Who has waited half its
+    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE.
+
+    `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `load_factor`.
+    """
+
+    def __init__(self, mtp_step: int, costs: CostTable | None, is_adaptive: bool):
+        self.mtp_step, self.is_adaptive = mtp_step, is_adaptive
+        self.requests_per_depth = [0] * (mtp_step + 1)
+        self.server_acceptance = [FIRST_ACCEPTANCE] * mtp_step
+        self.load_factor = 1.0
+        self._probe_budget = 0.0
+        self._costs = None if costs is None else _Costs(costs, mtp_step)
+        self._predicted, self._measured = _Gain(), _Gain()
+        self._step_seconds: dict[int, float] = {}  # predicted, average of the plans for a batch of that size
+
+    @property
+    def predicted_gain(self) -> float:
+        """Tokens per second that the plans promise, over plain decoding; 1.0 before the first or without costs."""
+        return self._predicted.value
+
+    @property
+    def measured_gain(self) -> float:
+        """Tokens per second as they came, over plain decoding on the machine as it is now; 1.0 before the first step.
+
+        What a plain step costs now is its cost at start-up times `load_factor`, the average of measured over predicted
+        step time. Plain steps show the load at once. Where every step has drafts nobody can tell a slower machine from
+        drafts that cost more than the table says: within some hundred steps the load takes the blame, so that the gain
+        tells of tokens rather than seconds then. A load factor far from what plain steps show is the sign of it.
+        """
+        return self._measured.value
+
+    def plan(self, requests: Sequence[SpeculationState]) -> list[int]:
+        """Drafts of each request at its next step, 0..min(mtp_step, max_draft). All that decode together belong in one
+        call: what a draft costs depends on the others."""
+        limits = [min(request.max_draft, self.mtp_step) for request in requests]
+        survivals = [self._acceptance(request).survivals for request in requests]
+        if self._costs is None or not self.is_adaptive or not any(limits):
+            depths = limits
+        else:
+            depths = _choose(self._costs, survivals, limits)
+            self._add_probes(self._costs, requests, survivals, limits, depths)
+        for depth in depths:
+            self.requests_per_depth[depth] += 1
+        if self._costs is not None and depths:
+            self._predict(self._costs, survivals, depths)
+        return depths
+
+    def observe(self, request: SpeculationState, num_proposed: int, num_accepted: int) -> None:
+        """Learn that of num_proposed drafts that were judged, the first num_accepted were right."""
+        self._acceptance(request).update(num_proposed, num_accepted, request.end_probe(num_proposed, num_accepted))
+        for position, is_accepted in _evidence(num_proposed, num_accepted):
+            self.server_acceptance[position] += _SERVER_WEIGHT * (is_accepted - self.server_acceptance[position])
+
+    def record_step(self, batch: int, num_committed: int, seconds: float) -> None:
+        """Learn that a decode step of `batch` requests took so long on the device and gave num_committed tokens."""
+        if self._costs is None or batch == 0 or seconds <= 0:
+            return
+        plain = self._costs.verify(batch)[0]
+        predicted = self._step_seconds.get(batch, plain)
+        weight = _PLAIN_LOAD_WEIGHT if predicted < 1.02 * plain else _LOAD_WEIGHT
+        # A step in which something was compiled says nothing of the load.
+        load = min(seconds / predicted, _MAX_LOAD_JUMP * self.load_factor)
+        self.load_factor += weight * (load - self.load_factor)
+        self._measured.add(num_committed / batch * plain * self.load_factor, seconds)
+
+    def _acceptance(self, request: SpeculationState) -> Acceptance:
+        if request.acceptance is None:
+            request.acceptance = Acceptance(self.server_acceptance)
+        return request.acceptance
+
+    def _add_probes(
+        self,
+        costs: _Costs,
+        requests: Sequence[SpeculationState],
+        survivals: Sequence[Sequence[float]],
+        limits: Sequence[int],
+        depths: list[int],
+    ) -> None:
+        """Deepen `depths` where a probe is due and could lead to something."""
+        for request, depth in zip(requests, depths, strict=True):
+            request.settle(depth)
+        self._probe_budget = min(self._probe_budget + _PROBE_SHARE, _MAX_PROBE_BUDGET)
+        if self._probe_budget < 0:
+            return
+        rooms = [limit - depth for limit, depth in zip(limits, depths, strict=True)]
+        if not any(room and _is_due(request, 1.0) for request, room in zip(requests, rooms, strict=True)):
+            return
+        hopes = [
+            [*survival[:depth], *[survival[depth - 1] if depth else 1.0] * room]
+            for survival, depth, room in zip(survivals, depths, rooms, strict=True)
+        ]
+        hoped = _choose(costs, hopes, limits)
+        before = costs.rate(survivals, depths)
+        for index, request in enumerate(requests):
+            if _is_due(request, 0.5) and hoped[index] > depths[index]:
+                depths[index] = request.begin_probe()
+            elif _is_due(request, 0.5):
+                request.num_waiting = 0
+        self._probe_budget -= 1 - costs.rate(survivals, depths) / before
+
+    def _predict(self, costs: _Costs, survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> None:
+        batch, seconds = len(depths), costs.step(depths)
+        self._predicted.add(_num_expected(survivals, depths) / batch * costs.verify(batch)[0], seconds)
+        average = self._step_seconds.get(batch, seconds)
+        self._step_seconds[batch] = average + _PLAIN_LOAD_WEIGHT * (seconds - average)
+
+
+def _num_expected(survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> float:
+    return len(depths) + sum(sum(survival[:depth]) for survival, depth in zip(survivals, depths, strict=True))
+
+
+def _is_due(request: SpeculationState, share: float) -> bool:
+    return request.num_waiting >= share * request.probe_interval
+
+
+def _choose(costs: _Costs, survivals: Sequence[Sequence[float]], limits: Sequence[int]) -> list[int]:
+    """Depths with the most expected tokens per second, as far as `Planner` looks."""
+    drafts = sorted(
+        (-survival, position, index)
+        for index, limit in enumerate(limits)
+        for position, survival in enumerate(survivals[index][:limit])
+    )
+    batch = len(limits)
+    best_ratio, best = batch / costs.verify(batch)[0], drafts[:0]
+    for longest in range(1, max(limits) + 1):
+        chosen = [draft for draft in drafts if draft[1] < longest]
+        num_tokens, num_best = float(batch), 0
+        for count, seconds in enumerate(costs.prefixes(batch, (draft[1] for draft in chosen))):
+            num_tokens -= chosen[count][0]
+            if num_tokens > best_ratio * seconds:
+                best_ratio, num_best = num_tokens / seconds, count + 1
+        best = chosen[:num_best] or best
+    depths = [0] * batch
+    for _, _, index in best:
+        depths[index] += 1
+    return depths
