@@ -93,6 +93,12 @@ class EngineConfig:
             raise ConfigError(f"--mem-fraction-static is {self.mem_fraction_static}, the range is above 0 and below 1")
         if not self.stream_slowdown >= 1:
             raise ConfigError(f"--stream-slowdown is {self.stream_slowdown}, it must be at least 1")
+        if self.prefix_cache == "on" and self.checkpoint_interval % self.page_size:
+            multiple = -(-self.checkpoint_interval // self.page_size) * self.page_size
+            raise ConfigError(
+                f"--page-size {self.page_size} does not divide --checkpoint-interval {self.checkpoint_interval}, and "
+                f"checkpoints lie at page ends: choose another page size, or --checkpoint-interval {multiple}"
+            )
         if self.prefix_cache == "off" and (self.checkpoint_bytes or self.host_cache_bytes):
             raise ConfigError("--checkpoint-bytes and --host-cache-bytes need --prefix-cache on")
 

@@ -112,6 +112,11 @@ def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_byt
             f"--max-total-tokens {config.max_total_tokens} is less than one request of --max-model-len {longest} needs "
             f"with --mtp-step {config.mtp_step}: {needed * config.page_size}"
         )
+    if 0 < (config.checkpoint_bytes or sizes.checkpoint) < sizes.checkpoint:
+        raise ConfigError(
+            f"--checkpoint-bytes is {config.checkpoint_bytes}, one checkpoint of this model takes {sizes.checkpoint}: "
+            "raise it, or set it to 0 for no prefix cache"
+        )
     budget = None if free_bytes is None else int(free_bytes * config.mem_fraction_static)
     for num_rows, num_pages, num_checkpoints in _choices(config, longest + ahead, sizes):
         total = sizes.total(num_rows, num_pages, num_checkpoints)

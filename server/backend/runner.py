@@ -79,6 +79,8 @@ def build_runner(config: EngineConfig) -> Runner:
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
     mover = CacheMover(table, plan.limits.num_checkpoints)
     logger.info("%s", describe_memory(plan))
+    if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
+        logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
     overlaps = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
     return Runner(
         target, draft, table, sampler, mover, drafter, plan, eos_ids, turn_ids, overlaps, STATE_TOLERANCES[dtype]

@@ -44,9 +44,9 @@ class FakeEngine:
     """See the module; also records the ids of the requests that were aborted."""
 
     def __init__(self, config: EngineConfig):
-        if config.page_size == 13:
+        if config.chunked_prefill_size == 13:
             raise CheckpointError("model-00001.safetensors is truncated: it has 5 bytes, its header says 13")
-        if config.page_size == 14:
+        if config.chunked_prefill_size == 14:
             raise RuntimeError("a bug at start")
         self.ready = Ready(MAX_MODEL_LEN, VOCAB_SIZE, (EOS_ID,), config.mtp_step)
         self.aborted: list[str] = []

@@ -110,7 +110,9 @@ def test_memory_for_the_prefix_cache_needs_the_prefix_cache(settings: dict[str, 
 
 
 def test_the_ends_of_the_ranges_of_memory_and_time_are_served() -> None:
-    EngineConfig(checkpoint_bytes=0, host_cache_bytes=0, watchdog=0, checkpoint_interval=1, stream_slowdown=1.0)
+    EngineConfig(
+        checkpoint_bytes=0, host_cache_bytes=0, watchdog=0, page_size=1, checkpoint_interval=1, stream_slowdown=1.0
+    )
     assert EngineConfig(stream_slowdown=math.inf).stream_slowdown == math.inf
     for share in (0.001, 0.999):
         assert EngineConfig(mem_fraction_static=share).mem_fraction_static == share
@@ -164,3 +166,10 @@ def test_a_percent_sign_in_a_help_text_is_printed_as_it_is() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, Shares)
     assert "100 % of it (default: 0.5)" in " ".join(parser.format_help().split())
+
+
+def test_a_page_size_that_does_not_divide_the_checkpoint_interval_is_refused_with_one_that_works() -> None:
+    with pytest.raises(ConfigError, match=r"--page-size 48 does not divide .* 1024, .* --checkpoint-interval 1056"):
+        EngineConfig(page_size=48)
+    assert EngineConfig(page_size=48, checkpoint_interval=1056).page_size == 48
+    assert EngineConfig(page_size=48, prefix_cache="off").page_size == 48

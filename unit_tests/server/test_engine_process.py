@@ -69,17 +69,19 @@ def _run_to_exit(config: EngineConfig, endpoint: str) -> object:
 
 
 def test_a_checkpoint_error_at_start_is_told_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    (fatal,) = _replies(EngineConfig(page_size=13), [5])
+    (fatal,) = _replies(EngineConfig(chunked_prefill_size=13), [5])
     assert isinstance(fatal, Fatal)
     assert "truncated" in fatal.message
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("page_size", "prompt"), [(14, [5]), (16, [RAISE_ID])], ids=["at start", "in a step"])
+@pytest.mark.parametrize(
+    ("chunked_prefill_size", "prompt"), [(14, [5]), (16, [RAISE_ID])], ids=["at start", "in a step"]
+)
 def test_a_bug_is_logged_with_its_traceback_and_told(
-    caplog: pytest.LogCaptureFixture, page_size: int, prompt: list[int]
+    caplog: pytest.LogCaptureFixture, chunked_prefill_size: int, prompt: list[int]
 ) -> None:
-    replies = _replies(EngineConfig(page_size=page_size), prompt)
+    replies = _replies(EngineConfig(chunked_prefill_size=chunked_prefill_size), prompt)
     assert isinstance(replies[-1], Fatal)
     assert replies[-1].message.startswith("RuntimeError: a bug")
     assert any(record.exc_info for record in caplog.records if record.levelno >= logging.ERROR)
@@ -87,7 +89,7 @@ def test_a_bug_is_logged_with_its_traceback_and_told(
 
 def test_progress_bars_leave_no_semaphore_behind_when_the_engine_is_killed() -> None:
     tqdm.tqdm.set_lock(multiprocessing.RLock())
-    _replies(EngineConfig(page_size=13), [5])
+    _replies(EngineConfig(chunked_prefill_size=13), [5])
     assert isinstance(tqdm.tqdm.get_lock(), type(threading.RLock()))
 
 

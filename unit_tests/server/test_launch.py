@@ -181,8 +181,8 @@ def test_a_client_that_goes_frees_its_request(start: Callable[..., Server], stre
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--page-size", "13"], "truncated"),
-        (["--page-size", "14"], "a bug at start"),
+        (["--chunked-prefill-size", "13"], "truncated"),
+        (["--chunked-prefill-size", "14"], "a bug at start"),
         (["--model", "/nowhere"], "/nowhere is not a directory"),
         (["--model", str(ROOT / "server")], "tokenizer.json does not exist"),
         (["--mtp-step", "99"], "--mtp-step is 99"),

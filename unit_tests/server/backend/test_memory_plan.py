@@ -91,7 +91,7 @@ def test_a_plan_holds_one_longest_request_and_an_error_names_a_size_that_does(se
     for _ in range(100):
         settings: dict[str, Any] = {
             "mtp_step": rng.randint(0, 8),
-            "page_size": rng.choice([1, 4, 16, 100]),
+            "page_size": rng.choice([1, 4, 16, 128]),
             "max_running_requests": rng.randint(1, 20),
             "max_model_len": rng.choice([None, rng.randint(1, 4096)]),
             "max_total_tokens": rng.choice([None, rng.randint(1, 5000)]),
@@ -343,3 +343,12 @@ def test_limits_tell_the_router_what_one_of_each_costs() -> None:
     limits = plan_round(6000, max_model_len=500, checkpoint_interval=64, host_cache_bytes=7, stream_slowdown=3).limits
     assert (limits.page_bytes, limits.checkpoint_bytes) == (3 * MIB, 25 * MIB)
     assert (limits.checkpoint_interval, limits.host_cache_bytes, limits.stream_slowdown) == (64, 7, 3)
+
+
+def test_a_budget_for_less_than_one_checkpoint_is_refused() -> None:
+    config = EngineConfig(checkpoint_bytes=1000, max_model_len=500)
+    sizes = measure_sizes(config, MODEL)
+    with pytest.raises(ConfigError, match=f"one checkpoint of this model takes {sizes.checkpoint}: raise it, or set"):
+        plan_memory(config, MODEL, sizes)
+    enough = EngineConfig(checkpoint_bytes=sizes.checkpoint, max_model_len=500)
+    assert plan_memory(enough, MODEL, sizes).limits.num_checkpoints == 1
