@@ -22,7 +22,7 @@ class Lane:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tandem-device") if is_threaded else None
 
     def submit(self, function: Callable[..., T], *args: Any) -> "Future[T]":
-        """Run function(*args) after what was submitted before. Errors come with the result; without a thread, at once."""
+        """Run function(*args) after all submitted before. Errors come with the result, without a thread at once."""
         if self._pool is not None:
             return self._pool.submit(function, *args)
         future: Future[T] = Future()

@@ -81,7 +81,8 @@ def build_runner(config: EngineConfig) -> Runner:
     logger.info("%s", describe_memory(plan))
     if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
         logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
-    overlaps = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
+    has_room = device == "cuda" or len(os.sched_getaffinity(0)) > 1
+    overlaps = config.overlap == "on" or (config.overlap == "auto" and has_room)
     return Runner(
         target, draft, table, sampler, mover, drafter, plan, eos_ids, turn_ids, overlaps, STATE_TOLERANCES[dtype]
     )

@@ -23,7 +23,7 @@ from server.router.planner import Planner, SpeculationState
 from server.router.prefix_cache import MIN_CHECKPOINT_GAP, Holding, Match, PrefixCache, choose_cuts
 from server.router.watchdog import Watchdog
 
-# Verify steps in a row without one accepted draft after which a request decodes plainly.
+# Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request then decodes plainly.
 MAX_REFUSED_STEPS = 64
 # Waiting requests that one step looks at; those behind them could hardly be admitted before them.
 _MAX_CONSIDERED = 64
@@ -184,25 +184,27 @@ class Scheduler:
         if num_judged:
             self.planner.observe(request.speculation, num_judged, num_accepted)
             request.num_refused = 0 if num_accepted else request.num_refused + 1
-        if request.num_refused >= MAX_REFUSED_STEPS and not request.is_plain:
-            self._decode_plainly(request, "zero_acceptance", f"had no draft accepted in {MAX_REFUSED_STEPS} steps")
+        if num_judged and request.num_refused == MAX_REFUSED_STEPS:
+            what = f"had no draft accepted in {MAX_REFUSED_STEPS} steps"
+            self._report(request, "zero_acceptance", what, is_plain=self.planner.is_adaptive)
 
     def _end_check(self, shadow: Request) -> None:
         self._end(shadow, keeps_state=False)
         found = self.watchdog.finish()
         if found is not None:
             request, error = found
-            self._decode_plainly(request, "divergence", f"has a state that is off by {error:.3g} of its size")
+            self._report(request, "divergence", f"has a state that is off by {error:.3g} of its size")
 
-    def _decode_plainly(self, request: Request, fault: str, what: str) -> None:
+    def _report(self, request: Request, fault: str, what: str, is_plain: bool = True) -> None:
+        """Count and log a fault; `is_plain`: the request goes on without drafts."""
         self.counters.faults[fault] += 1
-        request.is_plain = True
-        log.warning("request %s %s; it goes on without drafts", request.id, what)
+        request.is_plain |= is_plain
+        log.warning("request %s %s%s", request.id, what, "; it goes on without drafts" if is_plain else "")
 
     def _distrust(self, request: Request) -> Failed | None:
         """Logits that are no numbers: compute everything again, without drafts and without what others computed. The
         second time it fails."""
-        self._decode_plainly(request, "non_finite", "got logits that are not finite")
+        self._report(request, "non_finite", "got logits that are not finite")
         has_failed_before = request.is_isolated
         request.is_isolated = True
         if request.row is not None:

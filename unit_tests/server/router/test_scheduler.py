@@ -315,14 +315,17 @@ def test_logits_that_are_not_finite_are_computed_again_alone_and_then_fail() -> 
     assert scheduler.counters.faults["non_finite"] == 2 and not scheduler.running and not scheduler.waiting
 
 
-def test_a_request_without_one_accepted_draft_in_64_steps_goes_on_without_drafts() -> None:
-    scheduler = make_scheduler(num_pages=100)
+@pytest.mark.parametrize(("is_adaptive", "widths_after"), [(True, [1] * 5), (False, [3] * 5)])
+def test_64_steps_without_an_accepted_draft_are_a_fault_and_the_last_if_depths_adapt(
+    is_adaptive: bool, widths_after: list[int]
+) -> None:
+    scheduler = Scheduler(make_scheduler(num_pages=100).limits, Planner(2, None, is_adaptive=is_adaptive))
     request = Request.create(Generate("a", [1], SamplingParams(max_tokens=90)), (EOS,), max_model_len=200)
     scheduler.add(request)
     play(scheduler)
     widths = [counts(play(scheduler, 1)[0])[0] for _ in range(70)]
-    assert widths == [3] * 65 + [1] * 5 and scheduler.counters.faults["zero_acceptance"] == 1
-    assert request.is_plain
+    assert widths == [3] * 65 + widths_after and scheduler.counters.faults["zero_acceptance"] == 1
+    assert request.is_plain == is_adaptive
 
 
 def test_max_draft_bounds_the_drafts_of_one_request_and_equal_widths_lie_side_by_side() -> None:
