@@ -10,6 +10,7 @@ its cache holds there. B requests, N rows, R rows of the table.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ class Drafter:
     def _extend_windows(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> _Extension:
         device, works = forward.token_ids.device, batch.works
         active = [index for index, work in enumerate(works) if not work.is_idle]
-        active.sort(key=lambda index: -works[index].num_drafts)
+        # Equal lengths side by side, too: they are attended to at once.
+        active.sort(key=lambda index: (-works[index].num_drafts, works[index].num_behind + works[index].num_tokens))
         first = last_indices(forward) + 1 - torch.tensor(forward.query_lens, device=device)
         nothing = first.new_full((len(works), self.num_layers), -1)
         rows = _Extension(works, first, forward, sampled.next_ids, hidden, first + sampled.accept_lens - 1, nothing)
@@ -120,19 +122,15 @@ class Drafter:
         forward, works = rows.forward, [rows.works[index] for index in order]
         view, device = forward.view, forward.token_ids.device
         assert view is not None
-        ends = [sum(forward.query_lens[: index + 1]) for index in range(len(forward.query_lens))]
-        where: list[int] = []  # in [put aside, pass]
-        counts, lasts, behind = (
-            [],
-            [],
-            [(i, ago) for i, work in zip(order, works, strict=True) for ago in range(work.num_behind, 0, -1)],
-        )
-        num_aside = 0
+        starts = list(accumulate(forward.query_lens, initial=0))
+        behind = [(index, ago) for index in order for ago in range(rows.works[index].num_behind, 0, -1)]
+        where: list[int] = []  # in what was put aside, followed by the pass
+        counts, shifts, num_aside = [], [], 0
         for index, work in zip(order, works, strict=True):
-            lasts.append(len(where) + work.num_behind - (ends[index] - forward.query_lens[index]))
+            shifts.append(len(where) + work.num_behind - starts[index])
             where += range(num_aside, num_aside + work.num_behind)
+            where += range(len(behind) + starts[index], len(behind) + starts[index + 1])
             num_aside += work.num_behind
-            where += range(len(behind) + ends[index] - forward.query_lens[index], len(behind) + ends[index])
             counts.append(work.num_behind + forward.query_lens[index])
         chosen, source = torch.tensor(order, device=device), torch.tensor(where, device=device)
         positions, next_ids, states = forward.positions, rows.next_ids, rows.states
@@ -142,7 +140,7 @@ class Drafter:
             slots = view.row_ids[requests] * MAX_BEHIND + past % MAX_BEHIND
             positions = torch.cat([past, positions])
             next_ids, states = torch.cat([self._aside_ids[slots], next_ids]), torch.cat([self._aside[slots], states])
-        last = rows.last[chosen] + torch.tensor(lasts, device=device)
+        last = rows.last[chosen] + torch.tensor(shifts, device=device)
         picked = ForwardBatch(next_ids[source], positions[source], tuple(counts), view.pick(order))
         return _Extension(works, chosen, picked, picked.token_ids, states[source], last, rows.known[chosen])
 

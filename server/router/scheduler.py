@@ -23,7 +23,8 @@ from server.router.planner import Planner, SpeculationState
 from server.router.prefix_cache import MIN_CHECKPOINT_GAP, Holding, Match, PrefixCache, choose_cuts
 from server.router.watchdog import Watchdog
 
-# Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request then decodes plainly.
+# Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request goes on
+# without drafts.
 MAX_REFUSED_STEPS = 64
 # Waiting requests that one step looks at; those behind them could hardly be admitted before them.
 _MAX_CONSIDERED = 64
