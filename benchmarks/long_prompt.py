@@ -2,10 +2,12 @@
 
 Some requests decode; in every second round a long prompt arrives in the middle. Reports the gap between two messages of
 a decoding request (ITL) with and without it, beside the time of one prefill chunk alone: no gap should exceed a decode
-step plus one chunk. Prints a table, and as the last line one JSON object.
+step plus one chunk. A small `--stream-slowdown` cuts the chunks while others decode. Prints a table, and as the last
+line one JSON object.
 """
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -55,18 +57,22 @@ def _draw(rng: random.Random, count: int) -> list[int]:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per chunk size and case."""
     rows = []
-    for chunk_size in args.chunked_prefill_size:
+    for chunk_size, stream_slowdown in itertools.product(args.chunked_prefill_size, args.stream_slowdown):
         llm = LLM(
             **({"model": args.model} if args.model else {}),
             mtp_step=args.mtp_step,
+            speculation="fixed",
+            overlap="off",
+            prefix_cache="off",  # every round has the same prompts
             chunked_prefill_size=chunk_size,
+            stream_slowdown=stream_slowdown,
             max_running_requests=args.batch + 1,
             max_model_len=4096,
             num_threads=args.num_threads,
         )
         serve_round(llm, args, has_long_prompt=True)
         samples: dict[bool, dict[str, list[float]]] = {case: {"gaps": [], "chunk_steps": []} for case in (False, True)}
-        for number in trange(2 * args.rounds, desc=f"chunk {chunk_size}"):
+        for number in trange(2 * args.rounds, desc=f"chunk {chunk_size}, slowdown {stream_slowdown:g}"):
             case = number % 2 == 1
             for name, values in serve_round(llm, args, case).items():
                 samples[case][name] += values
@@ -74,6 +80,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "chunk_size": chunk_size,
+                    "stream_slowdown": stream_slowdown,
                     "long_prompt": args.long_prompt_len if case else 0,
                     "itl_p50_ms": percentile(sample["gaps"], 50),
                     "itl_p99_ms": percentile(sample["gaps"], 99),
@@ -93,6 +100,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="requests that decode")
     parser.add_argument("--long-prompt-len", type=int, default=2000, help="tokens of the prompt that arrives")
     parser.add_argument("--chunked-prefill-size", nargs="+", type=int, default=[128, 512, 2048], help="chunk sizes")
+    parser.add_argument("--stream-slowdown", nargs="+", type=float, default=[100, 2], help="100: chunks are not cut")
     parser.add_argument("--steps", type=int, default=80, help="engine steps per round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each case, interleaved")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")

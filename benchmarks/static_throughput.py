@@ -1,13 +1,19 @@
-"""Decode speed of the engine without HTTP: `python -m benchmarks.static_throughput [--compare transformers]`.
+"""Decode speed of the engine without HTTP: `python -m benchmarks.static_throughput [--compare transformers overlap]`.
 
 One question: how long does a decode step take for a batch of B requests that all decode, at each mtp_step? The weights
 are random, so drafts are hardly ever accepted; what is measured is the cost of a step, its verify part and its draft
-part. With `--compare transformers` the same checkpoint also runs under `transformers.generate`, the rounds of both
-interleaved. Prints a table, and as the last line one JSON object.
+part, so depths are fixed, nothing is cached, and the host's work is not hidden.
+
+More contestants, whose rounds are interleaved: `--compare transformers` runs the same checkpoint under
+`transformers.generate`, `--compare overlap` the engine with and without overlap of host and device, `--baseline DIR`
+another checkout of this project and this one, both with their default settings. `--trace FILE` writes a timeline with
+overlap for chrome://tracing or Perfetto and says how much of the host's work was hidden behind the device's. Prints
+tables, and as the last line one JSON object.
 """
 
 import argparse
 import gc
+import json
 import random
 import statistics
 import sys
@@ -22,20 +28,30 @@ from tqdm import tqdm
 
 from benchmarks.random_checkpoint import PRESETS, write_random_checkpoint
 from benchmarks.report import print_json, print_table
+from benchmarks.versions import compare_versions
 from server.llm import LLM, Generate, SamplingParams
+from server.messages import TokenOutput
 
 PROMPT_LEN = 64
 EOS_FREE = SamplingParams(temperature=0, ignore_eos=True)
 
 
 class DecodeBench:
-    """B requests past their prompts; `measure` times decode steps of all of them together."""
+    """B requests past their prompts; `measure` times decode steps of all of them together.
 
-    def __init__(self, checkpoint: Path, batch: int, mtp_step: int, num_threads: int, room: int):
+    With overlap a step returns the tokens of the one before it, and the draft part is timed on another thread: sums of
+    many steps are right, single ones are not.
+    """
+
+    def __init__(self, checkpoint: Path, batch: int, mtp_step: int, num_threads: int, room: int, overlap: str = "off"):
         lookahead = 2 * mtp_step + 1
         self.engine = LLM(
             model=str(checkpoint),
             mtp_step=mtp_step,
+            speculation="fixed",
+            overlap=overlap,
+            prefix_cache="off",
+            chunked_prefill_size=batch * PROMPT_LEN,  # one step: nobody decodes while others are in their prompts
             max_running_requests=batch,
             max_model_len=PROMPT_LEN + room,
             max_total_tokens=batch * (PROMPT_LEN + room + lookahead + 16),
@@ -68,9 +84,14 @@ class DecodeBench:
             self.draft_seconds, start = 0.0, time.perf_counter()
             outputs = self.engine.step()
             seconds = time.perf_counter() - start
-            tokens = sum(len(output.token_ids) for output in outputs)
+            tokens = sum(len(output.token_ids) for output in outputs if isinstance(output, TokenOutput))
             samples.append({"step": seconds, "draft": self.draft_seconds, "tokens": tokens})
         return samples
+
+    def speed(self, num_steps: int) -> float:
+        """Tokens per second over that many steps."""
+        samples = self.measure(num_steps)
+        return sum(sample["tokens"] for sample in samples) / sum(sample["step"] for sample in samples)
 
 
 class TransformersBench:
@@ -144,19 +165,86 @@ def measure_rows(checkpoint: Path, batch: int, args: argparse.Namespace) -> list
     return rows
 
 
+def compare_overlap(checkpoint: Path, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows per mtp_step: tokens per second with and without overlap, medians of interleaved rounds."""
+    room = (args.rounds + 1) * args.steps * (max(args.mtp_steps) + 1) + 8
+    rows = []
+    for k in args.mtp_steps:
+        off, on = (DecodeBench(checkpoint, batch, k, args.num_threads, room, overlap) for overlap in ("off", "on"))
+        rounds = [(off.speed(args.steps), on.speed(args.steps)) for _ in range(args.rounds + 1)][1:]
+        rows.append(
+            {
+                "batch": batch,
+                "mtp_step": k,
+                "overlap_off_tok_s": statistics.median(plain for plain, _ in rounds),
+                "overlap_on_tok_s": statistics.median(overlapped for _, overlapped in rounds),
+                "on_over_off": statistics.median(overlapped / plain for plain, overlapped in rounds),
+            }
+        )
+    return rows
+
+
+def compare_baseline(checkpoint: Path, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows per mtp_step: tokens per second of the checkout at --baseline and of this one."""
+    rows = []
+    for k in args.mtp_steps:
+        room = (args.rounds + 2) * (args.steps + PROMPT_LEN) * (k + 1)
+        settings = {
+            "model": str(checkpoint),
+            "mtp_step": k,
+            "max_running_requests": batch,
+            "max_model_len": PROMPT_LEN + room,
+            "num_threads": args.num_threads,
+        }
+        task = {"settings": settings, "batch": batch, "prompt_len": PROMPT_LEN}
+        speeds = compare_versions(args.baseline, task, args.steps, args.rounds)
+        rows.append({"batch": batch, "mtp_step": k, **speeds})
+    return rows
+
+
+def trace_steps(checkpoint: Path, args: argparse.Namespace) -> float:
+    """Write a timeline of decode steps with overlap, of the largest batch and mtp_step; the hidden share of the host's
+    work."""
+    bench = DecodeBench(
+        checkpoint, max(args.batch), max(args.mtp_steps), args.num_threads, room=args.steps * 20, overlap="on"
+    )
+    bench.measure(args.steps)
+    trace = bench.engine.start_trace()
+    bench.measure(args.steps)
+    events = list(trace.events)
+    args.trace.write_text(json.dumps({"traceEvents": events}))
+    return hidden_share(events)
+
+
+def hidden_share(events: list[dict[str, Any]]) -> float:
+    """Share of the time of planning and booking, on the host, that lies inside steps of the device; spans of one kind
+    do not overlap each other."""
+    spans = [(event["tid"], event["name"], event["ts"], event["ts"] + event["dur"]) for event in events]
+    steps = [(start, end) for track, name, start, end in spans if (track, name) == ("device", "step")]
+    work = [span[2:] for span in spans if span[0] == "host" and span[1] in ("schedule", "collect")]
+    hidden = sum(max(0.0, min(end, until) - max(start, since)) for start, end in work for since, until in steps)
+    return hidden / sum(end - start for start, end in work)
+
+
 def run_preset(preset: str, args: argparse.Namespace) -> dict[str, Any]:
     """All measurements of one preset."""
     with tempfile.TemporaryDirectory(prefix="tandem-") as name:
         checkpoint = Path(name)
         write_random_checkpoint(checkpoint, preset)
-        rows, versus = [], []
+        tables: dict[str, list[dict[str, Any]]] = {"rows": [], "transformers": [], "overlap": [], "baseline": []}
         for batch in tqdm(args.batch, desc=preset):
-            rows += measure_rows(checkpoint, batch, args)
+            tables["rows"] += measure_rows(checkpoint, batch, args)
             gc.collect()
-            if args.compare == "transformers":
-                versus.append(compare(checkpoint, batch, PRESETS[preset]["dtype"], args))
+            if "transformers" in args.compare:
+                tables["transformers"].append(compare(checkpoint, batch, PRESETS[preset]["dtype"], args))
                 gc.collect()
-    return {"preset": preset, "dtype": PRESETS[preset]["dtype"], "rows": rows, "transformers": versus}
+            if "overlap" in args.compare:
+                tables["overlap"] += compare_overlap(checkpoint, batch, args)
+                gc.collect()
+            if args.baseline is not None:
+                tables["baseline"] += compare_baseline(checkpoint, batch, args)
+        hidden = None if args.trace is None else trace_steps(checkpoint, args)
+    return {"preset": preset, "dtype": PRESETS[preset]["dtype"], **tables, "hidden_host_share": hidden}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -168,7 +256,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="decode steps per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; contestants take turns")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads, for both contestants")
-    parser.add_argument("--compare", choices=["transformers"], help="run a peer in the same rounds")
+    peers = ["transformers", "overlap"]
+    parser.add_argument("--compare", nargs="+", default=[], choices=peers, help="run a peer in the same rounds")
+    parser.add_argument("--baseline", type=Path, help="another checkout of this project to compare with")
+    parser.add_argument("--trace", type=Path, help="file for a timeline of --steps decode steps (the last preset's)")
     return parser.parse_args(argv)
 
 
@@ -179,9 +270,12 @@ def main(argv: list[str]) -> None:
     results = [run_preset(preset, args) for preset in args.preset]
     for result in results:
         print(f"\n{result['preset']} ({result['dtype']}), prompt {PROMPT_LEN}, {args.num_threads} threads")
-        print_table(result["rows"])
-        print_table(result["transformers"])
-    print_json("static_throughput", vars(args), results)
+        for name in ("rows", "transformers", "overlap", "baseline"):
+            print_table(result[name])
+        if result["hidden_host_share"] is not None:
+            print(f"host work hidden: {100 * result['hidden_host_share']:.0f} %")
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print_json("static_throughput", config, results)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from server.config import EngineConfig
 from server.errors import InvalidRequest
 from server.messages import EngineStats, Failed, Generate, Ready, SamplingParams, TokenLogprobs, TokenOutput
 from server.request import Batch, Outcome, Request, Step
-from server.router.planner import CostTable, Planner
+from server.router.cost_table import CostTable
+from server.router.planner import Planner
 from server.router.scheduler import Scheduler
 from server.router.watchdog import Watchdog
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,13 +19,14 @@ from server.request import Batch, Request, Work
 _CONTEXT_LEN = 256
 _MIN_ROUNDS, _MAX_ROUNDS, _ROUND_SECONDS = 2, 7, 0.03
 
-Costs = tuple[dict[tuple[int, int], float], dict[int, float], dict[tuple[int, int], float]]
+Costs = tuple[dict[tuple[int, int], float], dict[int, float], dict[tuple[int, int], float], dict[int, float]]
 
 
 @torch.inference_mode()
 def measure_costs(runner: Runner, mtp_step: int) -> Costs:
     """Seconds of a verify pass by (requests, tokens of each), of one more draft by requests, and of the draft head's
-    first call by (requests, tokens of each). Rows and the padding page are used for it and left as new ones are."""
+    first call by (requests, tokens of each); and of a whole step by requests in which half of them (rounded down) run
+    and want one draft, the others none. Rows and the padding page are used for it and left as new ones are."""
     table, drafter = runner.table, runner.drafter
     assert drafter is not None
     batches = list(_batch_sizes(runner.plan.limits.max_running_requests))
@@ -32,6 +34,7 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
     verify: dict[tuple[int, int], float] = {}
     extend: dict[tuple[int, int], float] = {}
     draft: dict[int, float] = {}
+    mixed: dict[int, float] = {}
     for batch_size in tqdm(batches, desc="Measuring steps", unit="batch size"):
         for width in widths:
             batch = _make_batch(batch_size, width, 1)
@@ -42,9 +45,13 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
         deep = _make_batch(batch_size, width, min(2, mtp_step))
         both = _time(partial(drafter.propose, hidden, sampled, forward, deep))
         draft[batch_size] = max(0.0, both - extend[batch_size, width])
+        if batch_size > 1:
+            mixed[batch_size] = _time(
+                partial(_step, runner, _make_mixed_batch(batch_size, runner.plan.limits.max_behind > 0))
+            )
     for row in range(1, batches[-1] + 1):
         table.cache.gdn.reset(row)
-    return verify, draft, extend
+    return verify, draft, extend, mixed
 
 
 def _batch_sizes(most: int) -> Iterator[int]:
@@ -64,6 +71,17 @@ def _make_batch(batch_size: int, width: int, num_drafts: int) -> Batch:
     return Batch(works, is_verify=True)
 
 
+def _make_mixed_batch(batch_size: int, can_idle: bool) -> Batch:
+    uniform = _make_batch(batch_size, 1, 0).works
+    half = [replace(work, num_tokens=2, num_drafts=1) for work in uniform[: batch_size // 2]]
+    return Batch([*half, *(replace(work, is_idle=can_idle) for work in uniform[len(half) :])], is_verify=True)
+
+
+def _step(runner: Runner, batch: Batch) -> None:
+    assert runner.drafter is not None
+    runner.drafter.propose(*_verify(runner, batch), batch)
+
+
 def _place(runner: Runner, batch_size: int) -> None:
     """Rows 1..batch_size in mid-request, on the padding page."""
     table, rows = runner.table, slice(1, batch_size + 1)
@@ -74,9 +92,14 @@ def _place(runner: Runner, batch_size: int) -> None:
 
 
 def _verify(runner: Runner, batch: Batch) -> tuple[torch.Tensor, Sampled, ForwardBatch]:
+    """A pass that leaves the rows where they are."""
     forward = build_forward_batch(batch, runner.table)
     hidden = runner.target(forward)
-    return hidden, runner.sampler.sample(runner.target.compute_logits(hidden), forward, batch), forward
+    sampled = runner.sampler.sample(runner.target.compute_logits(hidden), forward, batch)
+    no_tokens = torch.zeros_like(sampled.accept_lens)
+    runner.table.commit(forward, no_tokens, sampled.token_ids[:, :0], no_tokens)
+    runner.table.accept_len[: len(batch.works) + 1] = 1
+    return hidden, sampled, forward
 
 
 def _time(function: Callable[[], object]) -> float:

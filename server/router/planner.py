@@ -5,10 +5,11 @@ more for every further draft. What each of these costs is measured at start-up (
 from what was accepted (`Acceptance`). Knows counts and seconds, never tokens.
 """
 
-import bisect
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+
+from server.router.cost_table import CostTable
 
 # Plans between two looks at the draft behind the last one that pays, when there is no reason to hurry or to give up.
 PROBE_INTERVAL = 32
@@ -31,90 +32,8 @@ _GAIN_WEIGHT = 0.02
 _PLAIN_LOAD_WEIGHT = 0.1
 _LOAD_WEIGHT = 0.01
 _MAX_LOAD_JUMP = 4.0
-
-Grid = Mapping[tuple[int, int], float]
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """Seconds of the parts of a decode step, by (batch, rows per request) or batch; every grid is complete.
-
-    `verify_seconds`: the target over that many rows of each request. `extend_seconds`: the draft head over as many
-    rows, the first draft included. `draft_seconds`: the draft head once more, on one row of each request.
-    """
-
-    verify_seconds: dict[tuple[int, int], float]
-    draft_seconds: dict[int, float]
-    extend_seconds: dict[tuple[int, int], float]
-
-    @classmethod
-    def from_samples(cls, verify: Grid, draft: Mapping[int, float], extend: Grid) -> "CostTable":
-        """From noisy measurements: more requests or rows never cost less. Samples that obey this stay as they are."""
-        return cls(_monotone(verify), _monotone_line(draft), _monotone(extend))
-
-    def verify(self, batch: int, num_rows: int) -> float:
-        """Seconds to verify `batch` >= 1 requests with num_rows >= batch rows in all, linear beyond samples too."""
-        return _interpolate_grid(self._verify_lines, batch, num_rows / batch)
-
-    def draft(self, batch: int) -> float:
-        """Seconds to propose one more draft for each of `batch` requests."""
-        return max(0.0, _interpolate(self._draft_line, batch)) if batch else 0.0
-
-    def extend(self, batch: int, num_rows: int) -> float:
-        """Seconds to run the draft head over num_rows >= batch rows of `batch` requests and propose the first draft."""
-        return _interpolate_grid(self._extend_lines, batch, num_rows / batch) if batch else 0.0
-
-    @cached_property
-    def _verify_lines(self) -> "_Lines":
-        return _lines(self.verify_seconds)
-
-    @cached_property
-    def _extend_lines(self) -> "_Lines":
-        return _lines(self.extend_seconds)
-
-    @cached_property
-    def _draft_line(self) -> "_Line":
-        return sorted(self.draft_seconds.items())
-
-
-_Line = list[tuple[int, float]]  # (place, seconds), by place
-_Lines = list[tuple[int, _Line]]  # (batch, line over the width), by batch
-
-
-def _monotone(samples: Grid) -> dict[tuple[int, int], float]:
-    """The middle between the lowest monotone surface above the samples and the highest one below them."""
-
-    def below(key: tuple[int, int]) -> Iterable[float]:
-        return (seconds for other, seconds in samples.items() if other[0] <= key[0] and other[1] <= key[1])
-
-    def above(key: tuple[int, int]) -> Iterable[float]:
-        return (seconds for other, seconds in samples.items() if other[0] >= key[0] and other[1] >= key[1])
-
-    return {key: (max(below(key)) + min(above(key))) / 2 for key in samples}
-
-
-def _monotone_line(samples: Mapping[int, float]) -> dict[int, float]:
-    smooth = _monotone({(batch, 1): seconds for batch, seconds in samples.items()})
-    return {batch: seconds for (batch, _), seconds in smooth.items()}
-
-
-def _lines(grid: Grid) -> _Lines:
-    batches, widths = (sorted({key[axis] for key in grid}) for axis in (0, 1))
-    assert len(grid) == len(batches) * len(widths), "a grid of costs has holes"
-    return [(batch, [(width, grid[batch, width]) for width in widths]) for batch in batches]
-
-
-def _interpolate(line: _Line, place: float) -> float:
-    """On the straight line through the two samples around the place, or the two nearest to it."""
-    if len(line) == 1:
-        return line[0][1]
-    right = min(max(bisect.bisect_left(line, (place,)), 1), len(line) - 1)
-    (x0, y0), (x1, y1) = line[right - 1], line[right]
-    return y0 + (y1 - y0) * (place - x0) / (x1 - x0)
-
-
-def _interpolate_grid(lines: _Lines, batch: int, width: float) -> float:
-    return max(0.0, _interpolate([(size, _interpolate(line, width)) for size, line in lines], batch))
+# How far, and how fast, steps may correct what drafts cost.
+_DRAFTING_FACTORS, _DRAFTING_WEIGHT = (0.5, 6.0), 0.05
 
 
 class Acceptance:
@@ -228,6 +147,9 @@ class _Costs:
     _verify: dict[int, list[float]] = field(default_factory=dict)
     _draft: list[float] = field(default_factory=lambda: [0.0])
     _extend: dict[tuple[int, int], float] = field(default_factory=dict)
+    _ragged: dict[int, float] = field(default_factory=dict)
+    # Seconds that drafts add to a step, over what the table says: corrected by the steps themselves.
+    drafting_factor: float = 1.0
 
     def verify(self, batch: int) -> list[float]:
         """Seconds to verify 0, 1, ... drafts of a batch."""
@@ -246,7 +168,7 @@ class _Costs:
         """Seconds of the steps with the first 1, 2, ... of these drafts, each given by its index in its request."""
         verify, draft, extend, seconds = self.verify(batch), self.draft(batch), self._extend, []
         alive = [0] * self.mtp_step
-        chain = 0.0
+        chain, ragged = 0.0, self.ragged(batch)
         for count, position in enumerate(positions, start=1):
             alive[position] += 1
             if position:
@@ -254,8 +176,24 @@ class _Costs:
             key = (alive[0], alive[0] + count)
             if key not in extend:
                 extend[key] = self.table.extend(*key)
-            seconds.append(verify[count] + extend[key] + chain)
+            added = verify[count] - verify[0] + extend[key] + chain + ragged * (_num_depths(batch, alive) - 1)
+            seconds.append(verify[0] + self.drafting_factor * added)
         return seconds
+
+    def added(self, widths: Sequence[int], depths: Sequence[int]) -> float:
+        """Seconds that drafts add to a step that verifies `widths` and proposes `depths`, as the table says."""
+        batch, num_rows = len(widths), sum(widths)
+        active = [width for width, depth in zip(widths, depths, strict=True) if width > 1 or depth]
+        chain = sum(self.draft(batch)[sum(depth > step for depth in depths)] for step in range(1, max(depths)))
+        ragged = self.ragged(batch) * (len(set(widths)) - 1)
+        verify = self.verify(batch)
+        return verify[num_rows - batch] - verify[0] + self.table.extend(len(active), sum(active)) + chain + ragged
+
+    def ragged(self, batch: int) -> float:
+        """Seconds that every depth but one adds."""
+        if batch not in self._ragged:
+            self._ragged[batch] = self.table.ragged(batch)
+        return self._ragged[batch]
 
     def step(self, depths: Sequence[int]) -> float:
         """Seconds of a step with these depths."""
@@ -288,6 +226,7 @@ class Planner:
         self.requests_per_depth = [0] * (mtp_step + 1)
         self.server_acceptance = [FIRST_ACCEPTANCE] * mtp_step
         self.load_factor = 1.0
+        self._plain_load = 1.0
         self._probe_budget = 0.0
         self._costs = None if costs is None else _Costs(costs, mtp_step)
         self._predicted, self._measured = _Gain(), _Gain()
@@ -331,17 +270,43 @@ class Planner:
         for position, is_accepted in _evidence(num_proposed, num_accepted):
             self.server_acceptance[position] += _SERVER_WEIGHT * (is_accepted - self.server_acceptance[position])
 
-    def record_step(self, batch: int, num_committed: int, seconds: float) -> None:
-        """Learn that a decode step of `batch` requests took so long on the device and gave num_committed tokens."""
+    def record_step(
+        self,
+        batch: int,
+        num_committed: int,
+        seconds: float,
+        widths: Sequence[int] = (),
+        depths: Sequence[int] = (),
+    ) -> None:
+        """Learn that a decode step of `batch` requests took so long on the device and gave num_committed tokens.
+
+        With the `widths` it verified and the `depths` it proposed, also what drafts really cost.
+        """
         if self._costs is None or batch == 0 or seconds <= 0:
             return
         plain = self._costs.verify(batch)[0]
+        if widths:
+            self._correct(self._costs, plain, seconds, widths, depths)
         predicted = self._step_seconds.get(batch, plain)
         weight = _PLAIN_LOAD_WEIGHT if predicted < 1.02 * plain else _LOAD_WEIGHT
         # A step in which something was compiled says nothing of the load.
         load = min(seconds / predicted, _MAX_LOAD_JUMP * self.load_factor)
         self.load_factor += weight * (load - self.load_factor)
         self._measured.add(num_committed / batch * plain * self.load_factor, seconds)
+
+    def _correct(
+        self, costs: _Costs, plain: float, seconds: float, widths: Sequence[int], depths: Sequence[int]
+    ) -> None:
+        """Tell a slower machine, which plain steps show, from drafts that cost more than the table says."""
+        if max(widths) == 1 and not any(depths):
+            load = min(seconds / plain, _MAX_LOAD_JUMP * self._plain_load)
+            self._plain_load += _PLAIN_LOAD_WEIGHT * (load - self._plain_load)
+            return
+        added = costs.added(widths, depths)
+        if added > 0:
+            low, high = _DRAFTING_FACTORS
+            factor = min(max((seconds / self._plain_load - plain) / added, low), high)
+            costs.drafting_factor += _DRAFTING_WEIGHT * (factor - costs.drafting_factor)
 
     def _acceptance(self, request: SpeculationState) -> Acceptance:
         if request.acceptance is None:
@@ -414,3 +379,8 @@ def _choose(costs: _Costs, survivals: Sequence[Sequence[float]], limits: Sequenc
     for _, _, index in best:
         depths[index] += 1
     return depths
+
+
+def _num_depths(batch: int, alive: Sequence[int]) -> int:
+    """How many different depths there are, given how many requests have more than 0, 1, ... drafts."""
+    return sum(more > fewer for more, fewer in itertools.pairwise((batch, *alive, 0)))

@@ -142,7 +142,9 @@ class Scheduler:
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
                 decode_seconds = outcome.seconds
-                self.planner.record_step(len(batch.works), sum(outcome.accept_lens), outcome.seconds)
+                widths, depths = zip(*((work.num_tokens, work.num_drafts) for work in batch.works), strict=True)
+                num_committed = sum(outcome.accept_lens)
+                self.planner.record_step(len(widths), num_committed, outcome.seconds, widths, depths)
             else:
                 prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
         if prefill_len and decode_seconds and not math.isinf(self.limits.stream_slowdown):

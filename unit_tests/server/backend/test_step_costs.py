@@ -12,7 +12,7 @@ from server.backend.step_costs import measure_costs
 from server.config import EngineConfig
 from server.engine import Engine
 from server.messages import SamplingParams
-from server.router.planner import CostTable
+from server.router.cost_table import CostTable
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.engines import generate, make_engine, make_prompts, run
 
@@ -51,13 +51,14 @@ def test_the_grids_are_complete_and_hold_finite_seconds(
     most: int, mtp_step: int, batches: list[int], widths: list[int], mode: str, checkpoint: Path
 ) -> None:
     runner = make_runner(checkpoint, max_running_requests=most, mtp_step=mtp_step, mtp_mode=mode)
-    verify, draft, extend = measure_costs(runner, mtp_step)
+    verify, draft, extend, mixed = measure_costs(runner, mtp_step)
     grid = {(batch, width) for batch in batches for width in widths}
     assert set(verify) == set(extend) == grid and set(draft) == set(batches)
     for seconds in (*verify.values(), *extend.values()):
         assert 0 < seconds < 10
     assert all(0 <= seconds < 10 for seconds in draft.values())
-    costs = CostTable.from_samples(verify, draft, extend)
+    assert set(mixed) == {batch for batch in batches if batch > 1} and all(0 < one < 10 for one in mixed.values())
+    costs = CostTable.from_samples(verify, draft, extend, mixed)
     for batch in range(1, most + 1):
         assert math.isfinite(costs.verify(batch, batch)) and costs.verify(batch, batch) > 0
         assert math.isfinite(costs.extend(batch, 2 * batch)) and costs.draft(batch) >= 0
@@ -83,13 +84,16 @@ def test_the_measured_passes_have_the_widths_and_depths_that_they_stand_for(
         return float(number)
 
     monkeypatch.setattr(step_costs, "_time", count)
-    verify, draft, extend = measure_costs(runner, 3)
+    verify, draft, extend, mixed = measure_costs(runner, 3)
     for (batch, width), number in verify.items():
         assert seen[int(number)] == [batch * width]
     for (batch, width), number in extend.items():
         assert seen[int(number)] == [batch * width], "one call of the draft head over the pass's rows"
     for batch, difference in draft.items():
         assert seen[int(difference + extend[batch, 4])] == [batch * 4, batch], "and one more, of a token each"
+    for batch, number in mixed.items():
+        half = batch // 2
+        assert seen[int(number)] == [batch + half, 2 * half], "half of them with a draft, in both heads"
 
 
 def test_measured_rows_are_those_of_empty_sequences_again(checkpoint: Path) -> None:

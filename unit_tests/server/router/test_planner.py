@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from server.router.planner import MAX_PROBE_INTERVAL, Acceptance, CostTable, Planner, SpeculationState
+from server.router.cost_table import CostTable
+from server.router.planner import MAX_PROBE_INTERVAL, Acceptance, Planner, SpeculationState
 
 BATCHES = (1, 2, 4, 8, 16)
 K = 3
@@ -347,3 +348,28 @@ def test_one_step_that_took_very_long_does_not_change_the_load_much() -> None:
     planner = Planner(K, make_table(), is_adaptive=True)
     planner.record_step(1, 1, 1000.0)
     assert planner.load_factor < 1.5
+
+
+def test_different_depths_are_given_only_where_they_pay_for_what_they_cost() -> None:
+    estimates = [[0.95] * 3] * 2 + [[0.02] * 3] * 2
+    cheap = CostTable({(4, 1): 1.0, (4, 4): 2.5}, {4: 0.02}, {(4, 1): 0.02, (4, 4): 0.02})
+    assert Planner(K, cheap, is_adaptive=True).plan(make_states(estimates)) == [3, 3, 0, 0]
+    dear = CostTable(cheap.verify_seconds, cheap.draft_seconds, cheap.extend_seconds, {4: 1.0})
+    assert Planner(K, dear, is_adaptive=True).plan(make_states(estimates)) == [0] * 4
+    almost_all = [[0.95] * 3] * 3 + [[0.6] * 3]
+    assert Planner(K, dear, is_adaptive=True).plan(make_states(almost_all)) == [3] * 4
+
+
+def test_what_drafts_really_cost_is_learned_from_the_steps() -> None:
+    """The table says that drafts pay; steps with them take so much longer that they do not."""
+    table = CostTable({(4, 1): 1.0, (4, 4): 1.3}, {4: 0.02}, {(4, 1): 0.02, (4, 4): 0.02})
+    planner, states = Planner(K, table, is_adaptive=True), make_states([[0.8] * 3] * 4)
+    assert planner.plan(states) == [3] * 4
+    for _ in range(5):
+        planner.record_step(4, 4, 1.1, [1] * 4, [0] * 4)
+    for _ in range(60):
+        planner.record_step(4, 12, 1.1 * 2.9, [4] * 4, [3] * 4)
+    assert planner.plan(states)[0] < 3
+    for _ in range(100):
+        planner.record_step(4, 12, 1.1 * 1.36, [4] * 4, [3] * 4)
+    assert planner.plan(states) == [3] * 4

@@ -1,0 +1,179 @@
+"""Does adaptive depth cost anything? `python -m benchmarks.adaptive`.
+
+Half of the requests are word problems, which the demo checkpoint's draft head guesses well, half are random tokens with
+sampling settings under which it is mostly wrong. The same requests go through engines with adaptive depth, with fixed
+depths, and without drafts, the rounds of all interleaved: adaptive depth should be as fast as the best of them.
+Speeds of one kind are those of single requests behind their first token. Prints two tables, and as the last line one
+JSON object.
+"""
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import trange
+
+from benchmarks.report import print_json, print_table
+from benchmarks.workload import Prompt, Served, accept_length, draw_problem, draw_tokens, serve
+from server.llm import LLM, SamplingParams
+
+KINDS = ("predictable", "unpredictable")
+RANDOM_PROMPT_LEN = 40
+
+
+@dataclass
+class Contender:
+    """One engine and what its rounds gave: tokens per second of all and by kind, and every request's course by kind."""
+
+    name: str
+    llm: LLM
+    speeds: list[dict[str, float]] = field(default_factory=list)
+    served: dict[str, list[Served]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    depths_before: tuple[int, ...] = ()
+
+    def run(self, requests: list[Prompt]) -> None:
+        """Serve one round; requests of the two kinds take turns."""
+        served = serve(self.llm, requests)
+        num_tokens = sum(len(one.token_ids) for one in served)
+        speeds = {"all": num_tokens / max(one.end_seconds for one in served)}
+        for index, kind in enumerate(KINDS):
+            self.served[kind] += served[index::2]
+            speeds[kind] = statistics.median(one.tokens_per_second for one in served[index::2])
+        self.speeds.append(speeds)
+
+    def forget(self) -> None:
+        """What was up to now was warm-up."""
+        self.speeds.clear()
+        self.served = {kind: [] for kind in KINDS}
+        self.depths_before = self.llm.engine.stats().requests_per_depth
+
+    def speed(self, kind: str) -> float:
+        """Median over the rounds."""
+        return statistics.median(speeds[kind] for speeds in self.speeds)
+
+    def ratio(self, other: "Contender", kind: str) -> float:
+        """Median over the rounds of this one's speed over the other's in the same round."""
+        pairs = zip(self.speeds, other.speeds, strict=True)
+        return statistics.median(mine[kind] / theirs[kind] for mine, theirs in pairs)
+
+
+def draw_requests(llm: LLM, args: argparse.Namespace, count: int, rng: random.Random) -> list[Prompt]:
+    """Predictable and unpredictable requests in turns, all of `--output-len` tokens."""
+    known = SamplingParams(temperature=0, ignore_eos=True, max_tokens=args.output_len)
+    requests = []
+    for index in range(count):
+        if index % 2 == 0:
+            requests.append((llm.tokenizer.encode(draw_problem(rng)), known))
+            continue
+        random_params = SamplingParams(
+            temperature=args.temperature,
+            repetition_penalty=args.repetition_penalty,
+            seed=rng.getrandbits(32),
+            ignore_eos=True,
+            max_tokens=args.output_len,
+        )
+        requests.append((draw_tokens(rng, RANDOM_PROMPT_LEN, llm.engine.ready.vocab_size), random_params))
+    return requests
+
+
+def make_contenders(batch: int, args: argparse.Namespace) -> list[Contender]:
+    """The adaptive one first."""
+    depths = [(f"adaptive-{args.mtp_step}", args.mtp_step, "adaptive")]
+    depths += [(f"fixed-{depth}", depth, "fixed") for depth in args.fixed]
+    return [
+        Contender(
+            name,
+            LLM(
+                mtp_step=mtp_step,
+                speculation=speculation,
+                prefix_cache="off",
+                overlap=args.overlap,
+                max_running_requests=batch,
+                max_model_len=512 + args.output_len,
+                num_threads=args.num_threads,
+            ),
+        )
+        for name, mtp_step, speculation in depths
+    ]
+
+
+def measure(batch: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rounds at one batch size, each with new requests: rows per contender, and rows that compare."""
+    contenders, rng = make_contenders(batch, args), random.Random(batch)
+    count = max(2, batch * args.requests_per_row)
+    for number in trange(args.rounds + 1, desc=f"batch {batch}"):
+        requests = draw_requests(contenders[0].llm, args, count, rng)
+        first = number % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            contender.run(requests)
+            if number == 0:
+                contender.forget()
+    return [describe(batch, one) for one in contenders], compare(batch, contenders)
+
+
+def describe(batch: int, contender: Contender) -> dict[str, Any]:
+    """One row: speeds, accept lengths, share of the plans per depth in percent, and gains in the planner's eyes."""
+    stats, served = contender.llm.engine.stats(), contender.served
+    before = contender.depths_before
+    depths = [now - then for now, then in zip(stats.requests_per_depth, before, strict=True)]
+    return {
+        "batch": batch,
+        "contender": contender.name,
+        "tok_s": contender.speed("all"),
+        **{f"{kind}_tok_s": contender.speed(kind) for kind in KINDS},
+        **{f"{kind}_accept": accept_length(served[kind]) for kind in KINDS},
+        "predicted_gain": stats.predicted_gain,
+        "measured_gain": stats.measured_gain,
+        "depths_percent": "/".join(f"{100 * count / sum(depths):.0f}" for count in depths),
+    }
+
+
+def compare(batch: int, contenders: list[Contender]) -> list[dict[str, Any]]:
+    """Rows of adaptive depth against the best of the others, for all requests and for each kind."""
+    adaptive, *fixed = contenders
+    rows = []
+    for kind in ("all", *KINDS):
+        best = max(fixed, key=lambda one: one.speed(kind))
+        rows.append({"batch": batch, "requests": kind, "adaptive_tok_s": adaptive.speed(kind), "best": best.name})
+        rows[-1] |= {"best_tok_s": best.speed(kind), "adaptive_over_best": adaptive.ratio(best, kind)}
+        plain = next((one for one in fixed if one.name == "fixed-0"), None)
+        rows[-1]["adaptive_over_plain"] = adaptive.ratio(plain, kind) if plain else float("nan")
+    return rows
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptive", description=__doc__)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16], help="requests that decode together")
+    parser.add_argument("--mtp-step", type=int, default=3, help="the most drafts of the adaptive engine")
+    parser.add_argument("--fixed", nargs="+", type=int, default=[3, 1, 0], help="depths of the others; 0: no drafts")
+    parser.add_argument("--overlap", choices=["auto", "on", "off"], default="auto", help="for all of them")
+    parser.add_argument("--output-len", type=int, default=192, help="tokens of every output")
+    parser.add_argument("--requests-per-row", type=int, default=2, help="requests per round, over the batch size")
+    parser.add_argument("--temperature", type=float, default=1.5, help="of the unpredictable requests")
+    parser.add_argument("--repetition-penalty", type=float, default=2.0, help="of the unpredictable requests")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds; contenders take turns, and turns in being first")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    args = parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
+    for batch in args.batch:
+        described, compared = measure(batch, args)
+        rows, ratios = rows + described, ratios + compared
+        gc.collect()
+    print_table(rows)
+    print_table(ratios)
+    print_json("adaptive", vars(args), {"contenders": rows, "ratios": ratios})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

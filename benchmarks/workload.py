@@ -1,0 +1,81 @@
+"""What several benchmarks serve: texts that the demo checkpoint knows, random tokens; and the loop that serves them."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.llm import LLM, Generate, SamplingParams
+from server.messages import TokenOutput
+
+Prompt = tuple[list[int], SamplingParams]
+
+NAMES = ("Anna", "Mia", "Sara", "Lily", "Tom", "Ben", "Max", "Leo")
+THINGS = ("apples", "pencils", "books", "marbles", "stickers", "cookies", "shells", "coins")
+
+
+@dataclass
+class Served:
+    """What one request got: seconds since all were handed over until its first and its last token, the tokens, and the
+    counts of its last message."""
+
+    first_seconds: float = 0.0
+    end_seconds: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    num_cached: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed behind the first token; needs two messages."""
+        return (len(self.token_ids) - 1) / (self.end_seconds - self.first_seconds)
+
+    def take(self, output: TokenOutput, seconds: float) -> None:
+        """Add what a step gave, `seconds` after the start."""
+        self.first_seconds = self.first_seconds if self.token_ids else seconds
+        self.end_seconds = seconds
+        self.token_ids += output.token_ids
+        self.num_steps, self.num_cached = output.num_steps, output.num_cached
+
+
+def serve(llm: LLM, requests: Sequence[Prompt]) -> list[Served]:
+    """Hand all requests over at once and step until the engine has nothing left to do."""
+    start, served = time.perf_counter(), [Served() for _ in requests]
+    for index, (prompt, params) in enumerate(requests):
+        llm.engine.add(Generate(str(index), prompt, params))
+    while llm.engine.has_work():
+        outputs = llm.engine.step()
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            assert isinstance(output, TokenOutput), output
+            served[int(output.request_id)].take(output, seconds)
+    return served
+
+
+def accept_length(served: Sequence[Served]) -> float:
+    """(Output tokens - 1) / verify steps over all of them."""
+    num_steps = sum(one.num_steps for one in served)
+    return sum(len(one.token_ids) - 1 for one in served) / num_steps if num_steps else 1.0
+
+
+def draw_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    """Tokens that mean nothing."""
+    return [rng.randrange(vocab_size) for _ in range(count)]
+
+
+def draw_problem(rng: random.Random) -> str:
+    """The prompt of a word problem in a sentence pattern of the demo checkpoint, with new names and numbers."""
+    name, other = rng.sample(NAMES, 2)
+    things = rng.choice(THINGS)
+    a, b, c = rng.randint(20, 60), rng.randint(2, 12), rng.randint(2, 9)
+    questions = (
+        f"{name} has {a} {things}. {other} gives them {b} more. How many {things} does {name} have now?",
+        f"{name} had {a} {things} and lost {b}. How many {things} are left?",
+        f"There are {b} boxes with {c} {things} in each. How many {things} are there in total?",
+        f"A train travels {b} miles every hour. How far does it travel in {c} hours?",
+        f"{name} buys {b} {things} for ${c} each. How much does {name} spend in total?",
+        f"{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
+        f"{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have together?",
+        f"A farm has {b} chickens and {c} cows. How many legs do the animals have in total?",
+    )
+    return f"Question: {rng.choice(questions)}\nAnswer:"
