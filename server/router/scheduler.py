@@ -26,8 +26,8 @@ from server.router.watchdog import Watchdog
 # Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request goes on
 # without drafts.
 MAX_REFUSED_STEPS = 64
-# Waiting requests that one step looks at; those behind them could hardly be admitted before them.
-_MAX_CONSIDERED = 64
+# Waiting requests that one step passes over because they cannot be admitted yet.
+_MAX_PASSED_OVER = 64
 _MIN_CHUNK = 16
 
 log = logging.getLogger("tandem.engine")
@@ -73,6 +73,7 @@ class Scheduler:
         zeros = [0] * limits.mtp_step
         self.counters = Counters(proposed_per_position=zeros.copy(), accepted_per_position=zeros.copy())
         self._by_id: dict[str, Request] = {}
+        self._timed: dict[str, Request] = {}  # those with a deadline
         self._num_arrived = 0
         self._before: list[CacheOp] = []
         self._after: list[CacheOp] = []
@@ -85,6 +86,8 @@ class Scheduler:
         request.arrival = self._num_arrived
         request.speculation = SpeculationState()
         self._by_id[request.id] = request
+        if request.deadline < math.inf:
+            self._timed[request.id] = request
         bisect.insort(self.waiting, request, key=_order)
 
     def abort(self, request_id: str) -> None:
@@ -331,19 +334,17 @@ class Scheduler:
                 holding.own_pages += self.pages.take(needed)
 
     def _admit(self) -> None:
-        for request in self.waiting[:_MAX_CONSIDERED]:
-            if not self.rows.num_free:
-                return
-            if request.widths_in_flight:
-                continue
+        position = 0
+        while position < min(len(self.waiting), _MAX_PASSED_OVER) and self.rows.num_free:
+            request = self.waiting[position]
             known = request.known_ids(0, request.num_known)
             match = self.cache.match([] if request.is_isolated else known, request.cache_salt)
-            if self._is_being_computed(request, known, match.position):
-                continue
-            if not self._enter(request, known, match):
+            if request.widths_in_flight or self._is_being_computed(request, known, match.position):
+                position += 1
+            elif self._enter(request, known, match):
+                self.running.append(self.waiting.pop(position))
+            else:
                 return
-            self.waiting.remove(request)
-            self.running.append(request)
 
     def _enter(self, request: Request, known: list[int], match: Match) -> bool:
         """Give the request a row, what it can reuse, and pages for the rest; False if there are not enough."""
@@ -395,7 +396,7 @@ class Scheduler:
 
     def _end_late_requests(self) -> None:
         now = self.clock()
-        for request in [request for request in self._by_id.values() if request.deadline < now]:
+        for request in [request for request in self._timed.values() if request.deadline < now]:
             self.counters.num_timeouts += 1
             self._end(request, keeps_state=True)
             if request.output_ids:
@@ -406,6 +407,7 @@ class Scheduler:
 
     def _end(self, request: Request, keeps_state: bool) -> None:
         del self._by_id[request.id]
+        self._timed.pop(request.id, None)
         request.is_over = True
         if request.row is None:
             self.waiting.remove(request)
