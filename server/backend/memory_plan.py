@@ -189,6 +189,12 @@ def _describe_shortage(
     room = (budget - smallest.total(1, 0, 0)) // sizes.page * config.page_size - ahead
     if room > 0:
         return f"{seen}: {leave + ' and ' if left != config else ''}lower --max-model-len to {room}"
+    alone = replace(left, max_running_requests=1)
+    smallest = replace(sizes, workspace=_workspace(alone, model))
+    if smallest.total(1, -(-(longest + ahead) // config.page_size), 0) <= budget:
+        others = " and leave --max-total-tokens and --checkpoint-bytes to the server"
+        is_more = (config.max_total_tokens, config.checkpoint_bytes) != (None, None)
+        return f"{seen}: set --max-running-requests 1{others if is_more else ''}"
     return f"{seen}, and no --max-model-len is small enough: use a machine with more memory"
 
 

@@ -251,6 +251,8 @@ def mended(message: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict
     leave = ": leave --max-running-requests, --max-total-tokens and --checkpoint-bytes to the server"
     if message.endswith(leave):
         return left, settings
+    if ": set --max-running-requests 1" in message:
+        return left | {"max_running_requests": 1}, settings
     found = re.search(r"lower --max-model-len to (\d+)$", message)
     assert found is not None, message
     longest, kept = int(found[1]), left if leave in message else settings
@@ -291,7 +293,7 @@ def test_a_shortage_names_a_setting_that_works_and_slightly_less_of_it_does_not(
         plan_within(free_bytes, **enough)
         with pytest.raises(ConfigError):
             plan_within(free_bytes, **too_little)
-    assert mends == {"--mem-fraction-static", "--max-model-len"}
+    assert {"--mem-fraction-static", "--max-model-len"} <= mends
 
 
 def test_settings_that_alone_are_too_much_are_left_to_the_server() -> None:
@@ -323,8 +325,7 @@ def test_leaving_the_number_of_requests_to_the_server_is_asked_for_only_where_it
     free_bytes = int(sizes.total(1, 6, 0) / 0.9)
     with pytest.raises(ConfigError) as caught:
         plan_within(free_bytes, **settings)
-    if not caught.value.message.endswith("use a machine with more memory"):
-        plan_within(free_bytes, **mended(caught.value.message, settings)[0])
+    plan_within(free_bytes, **mended(caught.value.message, settings)[0])
 
 
 @pytest.mark.parametrize(("mtp_step", "num_layers", "max_behind"), [(0, 0, 0), (3, 1, MAX_BEHIND), (3, 3, 0)])
