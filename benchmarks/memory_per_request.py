@@ -2,7 +2,7 @@
 
 Replay, which the engine does, keeps one GDN state per request and rings of the newest tokens' inputs. Snapshots, the
 usual way, keep a state after each of the K + 1 tokens of a verify step and a conv window K tokens wider, and no rings;
-they are computed from the same shapes and element sizes. Pages of the KV cache and what the draft head puts aside are
+they are computed from the same shapes and element sizes. Pages of the KV cache and what is kept for the draft head are
 the same for both. Nothing is timed. Prints a table, and as the last line one JSON object.
 """
 
@@ -40,14 +40,14 @@ def measure(checkpoint: Path, preset: str, mtp_step: int, args: argparse.Namespa
     snapshots = (mtp_step + 1) * sizes.state + window
     rows = []
     for context_len in args.context_len:
-        common = plan.limits.pages_for(context_len) * sizes.page + sizes.aside
+        common = plan.limits.pages_for(context_len) * sizes.page + sizes.history
         budget = int(args.budget_gib * GIB)
         replay_requests, snapshot_requests = budget // (replay + common), budget // (snapshots + common)
         rows.append(
             {
                 **fixed,
                 "context": context_len,
-                "kv_and_aside_mib": common / MIB,
+                "kv_and_history_mib": common / MIB,
                 "replay_mib": replay / MIB,
                 "snapshots_mib": snapshots / MIB,
                 "replay_requests": replay_requests,

@@ -63,19 +63,18 @@ def paged_attention_torch(q: Tensor, kv: Tensor, page_table: Tensor, positions: 
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("requests", "tokens", "heads", "kv_heads", "dim", "pages", "page_size", "table_width")
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "pages", "page_size", "table_width")]
 
 
 def _paged_attention_cpp(library: ctypes.CDLL, q: Tensor, kv: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
     inputs = q.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     table, positions, out = page_table.contiguous(), positions.contiguous(), torch.empty_like(inputs)
     (batch, num_tokens), (_, num_pages, page_size, num_kv_heads, dim) = positions.shape, kv.shape
-    sizes = _Sizes(batch, num_tokens, q.shape[1], num_kv_heads, dim, num_pages, page_size, table.shape[1])
+    sizes = _Sizes(q.shape[1], num_kv_heads, dim, num_pages, page_size, table.shape[1])
     getattr(library, _FUNCTIONS[kv.dtype])(
         ctypes.byref(sizes),
+        batch,
+        num_tokens,
         inputs.data_ptr(),
         kv.data_ptr(),
         table.data_ptr(),

@@ -1,25 +1,20 @@
 """The verify step of a Gated DeltaNet layer between its two projections: convolution, gates, delta rule, gated norm.
 
-The torch version composes kernels/causal_conv1d.py, kernels/gated_delta_rule.py and kernels/rms_norm.py, where the
-formulas stand, and serves every device. On a CPU kernels/cpu/gated_delta_net.cpp does it in one pass over the state.
+It composes kernels/causal_conv1d.py, kernels/gated_delta_rule.py and kernels/rms_norm.py, where the formulas stand, and
+serves every device. On a CPU kernels/cpu/decoder.py does it, with all that surrounds it, in one pass over the state.
 
 B requests, T tokens each, HK key heads, HV value heads, DK / DV their dimensions, C = 2·HK·DK + HV·DV channels, W taps,
 R rows.
 """
 
-import ctypes
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d_cached
-from kernels.cpu.library import load_library
 from kernels.gated_delta_rule import DeltaRing, Fold, gated_delta_rule_verify
 from kernels.rms_norm import gated_rms_norm, l2_norm
-
-_PARALLEL_STATE_ELEMENTS = 2**17
 
 
 class DeltaNetShape(NamedTuple):
@@ -69,16 +64,6 @@ def gated_delta_net_verify(
     projected [B · T, C + HV·DV + 2·HV]: the input projection's rows qkv | z | b | a. On entry the states stand at
     start_len - accept_len, on exit at start_len, with the T tokens recorded in the rings.
     """
-    library = load_library() if projected.device.type == "cpu" else None
-    if library is None:
-        return gated_delta_net_verify_torch(projected, shape, weights, memory, place)
-    return _verify_cpp(library, projected, shape, weights, memory, place)
-
-
-def gated_delta_net_verify_torch(
-    projected: Tensor, shape: DeltaNetShape, weights: DeltaNetWeights, memory: DeltaNetMemory, place: VerifyPlace
-) -> Tensor:
-    """The law: see `gated_delta_net_verify`."""
     batch = len(place.rows)
     qkv, z, log_alpha, beta = split_projected(projected.view(batch, -1, projected.shape[-1]), shape, weights)
     conv = causal_conv1d_cached(qkv, weights.conv, memory.conv_ring, *place.conv_slots)
@@ -104,58 +89,3 @@ def split_heads(conv: Tensor, shape: DeltaNetShape) -> tuple[Tensor, Tensor, Ten
     qk, v = conv.split([qk_size, conv.shape[-1] - qk_size], dim=-1)
     q, k = l2_norm(qk.reshape(*qk.shape[:2], 2, shape.key_heads, shape.key_dim)).unbind(2)
     return q * shape.key_dim**-0.5, k, v.view(*v.shape[:2], shape.value_heads, shape.value_dim)
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("requests", "tokens", "key_heads", "value_heads", "key_dim", "value_dim", "taps")
-        + ("conv_ring_len", "ring_len")
-    ]
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("conv_ring", "state", "ring_k", "ring_u", "ring_alpha", "rows", "start_lens", "accept_lens")
-    ]
-
-
-class _WeightsFloat(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("conv", "a_log", "dt_bias", "norm")] + [("eps", ctypes.c_float)]
-
-
-class _WeightsDouble(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("conv", "a_log", "dt_bias", "norm")] + [("eps", ctypes.c_double)]
-
-
-def _verify_cpp(
-    library: ctypes.CDLL,
-    projected: Tensor,
-    shape: DeltaNetShape,
-    weights: DeltaNetWeights,
-    memory: DeltaNetMemory,
-    place: VerifyPlace,
-) -> Tensor:
-    wide = weights.a_log.dtype
-    inputs = projected.to(wide).contiguous()
-    num_requests, num_rows = len(place.rows), len(projected)
-    out = torch.empty(num_rows, shape.value_heads * shape.value_dim, dtype=wide)
-    ring_lens = memory.conv_ring.shape[1], memory.ring.k.shape[1]
-    sizes = _Sizes(num_requests, num_rows // num_requests, *shape, weights.conv.shape[1], *ring_lens)
-    tensors = (memory.conv_ring, memory.state, *memory.ring, place.rows, place.start_lens, place.accept_lens)
-    pointers = _Memory(*(tensor.data_ptr() for tensor in tensors))
-    is_double = wide == torch.float64
-    weight_class = _WeightsDouble if is_double else _WeightsFloat
-    packed = weight_class(*(tensor.data_ptr() for tensor in weights[:4]), weights.eps)
-    function = library.gated_delta_net_verify_float64 if is_double else library.gated_delta_net_verify_float32
-    work = num_rows * memory.state[0].numel()
-    function(
-        ctypes.byref(sizes),
-        ctypes.byref(packed),
-        ctypes.byref(pointers),
-        inputs.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads() if work >= _PARALLEL_STATE_ELEMENTS else 1,
-    )
-    return out.to(projected.dtype)

@@ -12,12 +12,18 @@ def rotary_angles(positions: Tensor, rotary_dim: int, theta: float, dtype: torch
     positions [N] int64. Text only: the three rows of the multimodal rope are equal, which makes it plain rope.
     """
     half = rotary_dim // 2
-    # Whole vectors only: torch's vector and scalar cosines differ in the last bit, and which one an angle gets must not
-    # depend on how many rows there are.
-    width = -(-half // _LANES) * _LANES
-    exponent = torch.arange(0, 2 * width, 2, device=positions.device, dtype=dtype) / rotary_dim
-    angles = positions.to(dtype)[:, None, None] * theta**-exponent
+    angles = positions.to(dtype)[:, None, None] * rotary_frequencies(rotary_dim, theta, dtype, positions.device)
     return angles.cos()[..., :half], angles.sin()[..., :half]
+
+
+def rotary_frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`theta^(-2j / rotary_dim)` for j = 0 .. rotary_dim / 2 - 1, and a few more.
+
+    Whole vectors only: torch's vector and scalar functions differ in the last bit, and which one an angle gets must not
+    depend on how many rows there are.
+    """
+    width = -(-(rotary_dim // 2) // _LANES) * _LANES
+    return theta ** -(torch.arange(0, 2 * width, 2, device=device, dtype=dtype) / rotary_dim)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

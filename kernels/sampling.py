@@ -6,8 +6,12 @@ multiply-xorshift mixer turn key and token id into uniform bits, and argmax(logi
 softmax(logits / T). Logits are float32 or wider.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
+
+from kernels.cpu.library import load_library
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -57,7 +61,8 @@ def draw(
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel noise [N, V] in `dtype`, a pure function of seeds and positions [N] int64 and the token id."""
-    first, second = _row_keys(seeds, positions)
+    library = load_library() if seeds.device.type == "cpu" else None
+    first, second = row_keys_torch(seeds, positions) if library is None else _row_keys_cpp(library, seeds, positions)
     ids = torch.arange(vocab_size, device=seeds.device, dtype=torch.int32)
     bits = _mix(_mix(ids ^ first[:, None]) + second[:, None])
     # u is small where the noise is large, so its relative precision carries the tail.
@@ -91,8 +96,8 @@ def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     return scaled.masked_fill(scaled < torch.where(needs[:, None], cutoff, -torch.inf), -torch.inf)
 
 
-def _row_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 words per row: Philox4x32-10 with the position as counter and the seed as key."""
+def row_keys_torch(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The law of a row's key, two int32 words: Philox4x32-10 with the position as counter and the seed as key."""
     words = [positions & _LOW_32, (positions >> 32) & _LOW_32, torch.zeros_like(positions), torch.zeros_like(positions)]
     key = [seeds & _LOW_32, (seeds >> 32) & _LOW_32]
     for _ in range(10):
@@ -101,6 +106,12 @@ def _row_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         words = [high[1] ^ words[1] ^ key[0], low[1] & _LOW_32, high[0] ^ words[3] ^ key[1], low[0] & _LOW_32]
         key = [(key[i] + _PHILOX_WEYL[i]) & _LOW_32 for i in range(2)]
     return _to_int32(words[0]), _to_int32(words[1])
+
+
+def _row_keys_cpp(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    seeds, positions, keys = seeds.contiguous(), positions.contiguous(), torch.empty(2, len(seeds), dtype=torch.int32)
+    library.row_keys_int64(seeds.data_ptr(), positions.data_ptr(), keys.data_ptr(), len(seeds))
+    return keys[0], keys[1]
 
 
 def _to_int32(word: Tensor) -> Tensor:

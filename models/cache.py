@@ -128,12 +128,42 @@ class GDNCheckpoints:
         return self.state[:, 0].nbytes + self.conv_window[:, 0].nbytes
 
 
+HISTORY_LEN = 32
+
+
+@dataclass(frozen=True)
+class History:
+    """What a draft head needs to catch up on positions that it has missed: the target's hidden states [R, HISTORY_LEN,
+    H] and the tokens [R, HISTORY_LEN] int64 of the last positions, by position mod HISTORY_LEN. Every verify pass
+    records its rows; a rejected draft's is overwritten by the next pass."""
+
+    hidden: Tensor
+    token_ids: Tensor
+
+    @staticmethod
+    def allocate(config: ModelConfig, num_rows: int, dtype: torch.dtype, device: str) -> "History":
+        shape = (num_rows, HISTORY_LEN)
+        hidden = torch.zeros(*shape, config.hidden_size, dtype=dtype, device=device)
+        return History(hidden, torch.zeros(shape, dtype=torch.int64, device=device))
+
+    def record(self, row_ids: Tensor, positions: Tensor, token_ids: Tensor, hidden: Tensor) -> None:
+        """Rows [N] of a pass: hidden [N, H]."""
+        slots = row_ids * HISTORY_LEN + positions % HISTORY_LEN
+        self.hidden.flatten(0, 1).index_copy_(0, slots, hidden)
+        self.token_ids.view(-1).index_copy_(0, slots, token_ids)
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self.hidden[0].nbytes + self.token_ids[0].nbytes
+
+
 @dataclass(frozen=True)
 class Cache:
-    """All device state that layers read and write."""
+    """All device state that layers read and write; `history` where a draft head may fall behind."""
 
     kv: KVCache
     gdn: GDNCache
+    history: History | None = None
 
 
 def _power_of_two(at_least: int) -> int:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
+from kernels.cpu.decoder import DecoderPlace
 from kernels.gated_delta_net import VerifyPlace
 from kernels.gated_delta_rule import Fold
 from models.cache import Cache
@@ -20,8 +21,7 @@ class CacheView:
 
     rows: host numbers; start_lens [B] int64: tokens in the cache before this pass; accept_lens [B] int64: how many of
     these the GDN state has not folded yet; page_table [B, P] int64. `is_verify`: the tokens are a guess (one token and
-    its drafts), so the GDN layers record them and leave the state before them. `num_fold` bounds accept_lens, and
-    `folds_all` says that every one of them equals it.
+    its drafts), so the GDN layers record them and leave the state before them. row_ids are `rows` on the device.
     """
 
     cache: Cache
@@ -30,14 +30,14 @@ class CacheView:
     accept_lens: Tensor
     page_table: Tensor
     is_verify: bool
-    num_fold: int
-    folds_all: bool
+    row_ids: Tensor
 
     def select(self, some: slice) -> "CacheView":
         """The view of some of the requests."""
         return replace(
             self,
             rows=self.rows[some],
+            row_ids=self.row_ids[some],
             start_lens=self.start_lens[some],
             accept_lens=self.accept_lens[some],
             page_table=self.page_table[some],
@@ -49,25 +49,22 @@ class CacheView:
         return replace(
             self,
             rows=tuple(self.rows[index] for index in order),
+            row_ids=self.row_ids[chosen],
             start_lens=self.start_lens[chosen],
             accept_lens=self.accept_lens[chosen],
             page_table=self.page_table[chosen],
         )
 
     @cached_property
-    def row_ids(self) -> Tensor:
-        """rows as [B] int64 on the device."""
-        return torch.tensor(self.rows, device=self.start_lens.device)
-
-    @cached_property
     def fold(self) -> Fold:
         """What the GDN layers must fold first."""
-        age = torch.arange(self.num_fold, device=self.start_lens.device)
+        shortest, longest = (int(count) for count in self.accept_lens.aminmax())
+        age = torch.arange(longest, device=self.start_lens.device)
         folded = (self.start_lens - self.accept_lens)[:, None] + age
         return Fold(
             groups=self._state_groups(),
             slots=self._ring_slots(folded, self.cache.gdn.ring.k.shape[2]),
-            is_accepted=None if self.folds_all else age < self.accept_lens[:, None],
+            is_accepted=None if shortest == longest else age < self.accept_lens[:, None],
         )
 
     def _state_groups(self) -> tuple[tuple[slice, slice], ...]:
@@ -165,6 +162,24 @@ class ForwardBatch:
         assert view is not None
         write_slots = view.delta_write_slots(self.query_lens[0])
         return VerifyPlace(view.row_ids, view.start_lens, view.accept_lens, self.conv_slots, view.fold, write_slots)
+
+    @cached_property
+    def decoder_place(self) -> DecoderPlace:
+        """Where the pass stands, for the C++ decoder."""
+        view = self.view
+        assert view is not None
+        offsets = torch.tensor(list(accumulate(self.query_lens, initial=0)))
+        of_requests = (view.row_ids, view.start_lens, view.accept_lens)
+        return DecoderPlace(offsets, *of_requests, self.positions, view.page_table)
+
+    def record(self, hidden: Tensor) -> None:
+        """Keep the hidden states [N, H] of a verify pass for a draft head that may have to catch up on them."""
+        view = self.view
+        assert view is not None
+        if view.cache.history is not None:
+            lens = torch.tensor(self.query_lens, device=hidden.device)
+            row_ids = view.row_ids.repeat_interleave(lens, output_size=len(hidden))
+            view.cache.history.record(row_ids, self.positions, self.token_ids, hidden)
 
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
         """One more token for each of the first requests at positions [b], over the same cache."""

@@ -47,7 +47,7 @@ class EngineConfig:
     )
     overlap: str = _setting(
         "auto",
-        "prepare the next step while the device runs one; auto: on when there is more than one core",
+        "prepare the next step while the device runs one; auto: on for a GPU, off on a CPU, which the host shares",
         ("auto", "on", "off"),
     )
     max_running_requests: int | None = _setting(

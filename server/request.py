@@ -3,6 +3,7 @@
 import math
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from server.cache_ops import CacheOp
@@ -128,7 +129,7 @@ class Work:
     While the pass runs only `request.prompt_ids`, `.sampling` and `.seed` may be read, which never change. A prefill
     runs `token_ids` from position `start` on; `following_ids` are known tokens after these. A verify runs the newest
     token and num_tokens - 1 drafts, all from the device. `num_drafts` are wanted for the request's next step.
-    The draft head must catch up on `num_behind` positions before the pass; an idle work only puts its own aside.
+    The draft head must catch up on `num_behind` positions before the pass; of an idle work it sees nothing yet.
     `pages` are new in the row's page table, from index `first_page` on. A request that enters its row brings the
     `output_ids` it has, else None.
     """
@@ -159,6 +160,23 @@ class Batch:
 
     works: list[Work]
     is_verify: bool
+
+    @cached_property
+    def is_idle(self) -> bool:
+        """Nothing in this pass concerns the draft head."""
+        return all(work.is_idle for work in self.works)
+
+    @property
+    def widths_and_depths(self) -> tuple[list[int], list[int]]:
+        """Tokens that each request runs, and drafts that it wants."""
+        if self.is_idle:
+            return [1] * len(self.works), [0] * len(self.works)
+        return [work.num_tokens for work in self.works], [work.num_drafts for work in self.works]
+
+    @property
+    def catches_up(self) -> bool:
+        """The draft head has missed positions and runs over them in this pass."""
+        return not self.is_idle and any(work.num_behind and not work.is_idle for work in self.works)
 
     @property
     def ends_any_prompt(self) -> bool:

@@ -1,103 +1,35 @@
-// Causal grouped-query attention of few tokens over the paged cache. One task is one key-value head of one request; the
-// order of every sum depends on the token's own position only, so company and drafts change no bit.
-
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "products.h"
+#include "attention.h"
 
 namespace {
 
 using namespace tandem;
 
-struct Sizes {
-    int64_t requests, tokens, heads, kv_heads, dim, pages, page_size, table_width;
-};
-
-// out [rows, D] += p · v for one position, for the rows that may see it.
 template <typename C, typename F>
-void add_value(const C* value, const F* probability, int64_t stride, const int64_t* lengths, int64_t position,
-               int64_t rows, int64_t dim, F* out) {
-    for (int64_t r = 0; r < rows; ++r) {
-        if (position >= lengths[r]) continue;
-        const F p = probability[r * stride];
-        F* target = out + r * dim;
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) target[i] += p * widen(value[i]);
-    }
-}
-
-template <typename F>
-void softmax(F* scores, int64_t length) {
-    F best = scores[0];
-    for (int64_t i = 1; i < length; ++i) best = std::max(best, scores[i]);
-    F sum = 0;
-    for (int64_t i = 0; i < length; ++i) sum += scores[i] = std::exp(scores[i] - best);
-    for (int64_t i = 0; i < length; ++i) scores[i] /= sum;
-}
-
-template <typename C, typename F>
-void attend_head(const Sizes& n, const F* q, const C* kv, const int64_t* table, const int64_t* positions, int64_t b,
-                 int64_t head, std::vector<F>& scratch, F* out) {
-    const int64_t D = n.dim, group = n.heads / n.kv_heads, rows = n.tokens * group, token = n.kv_heads * D;
-    const C* keys = kv + head * D;
-    const C* values = keys + n.pages * n.page_size * token;
-    std::vector<int64_t> lengths(rows);
-    int64_t longest = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-        lengths[r] = positions[b * n.tokens + r / group] + 1;
-        longest = std::max(longest, lengths[r]);
-    }
-    scratch.assign(2 * rows * D + rows * longest, F(0));
-    F *packed = scratch.data(), *sums = packed + rows * D, *scores = sums + rows * D;
-    const F scale = F(1) / std::sqrt(F(D));
-    for (int64_t r = 0; r < rows; ++r) {
-        const F* source = q + ((b * n.tokens + r / group) * n.heads + head * group + r % group) * D;
-        for (int64_t i = 0; i < D; ++i) packed[r * D + i] = source[i] * scale;
-    }
-    for (int64_t start = 0; start < longest; start += n.page_size) {
-        const int64_t count = std::min(n.page_size, longest - start);
-        const C* page = keys + table[b * n.table_width + start / n.page_size] * n.page_size * token;
-        int64_t j = 0;
-        for (; j + 4 <= count; j += 4) multiply_rows<4>(packed, page + j * token, scores + start + j, rows, D, token, longest);
-        for (; j < count; ++j) multiply_rows<1>(packed, page + j * token, scores + start + j, rows, D, token, longest);
-    }
-    for (int64_t r = 0; r < rows; ++r) softmax(scores + r * longest, lengths[r]);
-    for (int64_t j = 0; j < longest; ++j) {
-        const C* page = values + table[b * n.table_width + j / n.page_size] * n.page_size * token;
-        add_value(page + j % n.page_size * token, scores + j, longest, lengths.data(), j, rows, D, sums);
-    }
-    for (int64_t r = 0; r < rows; ++r)
-        std::copy_n(sums + r * D, D, out + ((b * n.tokens + r / group) * n.heads + head * group + r % group) * D);
-}
-
-template <typename C, typename F>
-void attend(const Sizes& n, const F* q, const C* kv, const int64_t* table, const int64_t* positions, F* out,
-            int num_threads) {
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-        std::vector<F> scratch;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < n.requests * n.kv_heads; ++task)
-            attend_head(n, q, kv, table, positions, task / n.kv_heads, task % n.kv_heads, scratch, out);
-    }
+void attend(const AttentionSizes& n, int64_t requests, int64_t tokens, const F* q, const C* kv, const int64_t* table,
+            const int64_t* positions, F* out, int num_threads) {
+    Team(num_threads).each(requests * n.kv_heads, [&](int64_t task) {
+        const int64_t b = task / n.kv_heads, head = task % n.kv_heads;
+        attend_head(n, q, kv, table, positions, b, b * tokens, tokens, head, out);
+    });
 }
 
 }  // namespace
 
 // q, out [B · T, HQ, D]; kv [2, pages, page_size, HKV, D]; table [B, table_width]; positions [B · T].
-extern "C" void attention_bfloat16(const Sizes* n, const float* q, const bf16* kv, const int64_t* table,
-                                   const int64_t* positions, float* out, int num_threads) {
-    attend(*n, q, kv, table, positions, out, num_threads);
+extern "C" void attention_bfloat16(const AttentionSizes* n, int64_t requests, int64_t tokens, const float* q,
+                                   const bf16* kv, const int64_t* table, const int64_t* positions, float* out,
+                                   int num_threads) {
+    attend(*n, requests, tokens, q, kv, table, positions, out, num_threads);
 }
 
-extern "C" void attention_float32(const Sizes* n, const float* q, const float* kv, const int64_t* table,
-                                  const int64_t* positions, float* out, int num_threads) {
-    attend(*n, q, kv, table, positions, out, num_threads);
+extern "C" void attention_float32(const AttentionSizes* n, int64_t requests, int64_t tokens, const float* q,
+                                  const float* kv, const int64_t* table, const int64_t* positions, float* out,
+                                  int num_threads) {
+    attend(*n, requests, tokens, q, kv, table, positions, out, num_threads);
 }
 
-extern "C" void attention_float64(const Sizes* n, const double* q, const double* kv, const int64_t* table,
-                                  const int64_t* positions, double* out, int num_threads) {
-    attend(*n, q, kv, table, positions, out, num_threads);
+extern "C" void attention_float64(const AttentionSizes* n, int64_t requests, int64_t tokens, const double* q,
+                                  const double* kv, const int64_t* table, const int64_t* positions, double* out,
+                                  int num_threads) {
+    attend(*n, requests, tokens, q, kv, table, positions, out, num_threads);
 }

@@ -18,14 +18,19 @@ logger = logging.getLogger(__name__)
 _SOURCES = sorted([*Path(__file__).parent.glob("*.cpp"), *Path(__file__).parent.glob("*.h")])
 _FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-std=c++17", "-fPIC", "-shared", "-fopenmp"),
+    *("-std=c++17", "-fPIC", "-shared", "-fopenmp-simd", "-pthread"),
 )
 _POINTER, _SIZE, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
     "linear": ((*[_POINTER] * 3, *[_SIZE] * 3, _COUNT), ("bfloat16", "float32", "float64")),
-    "attention": ((*[_POINTER] * 6, _COUNT), ("bfloat16", "float32", "float64")),
+    "attention": ((_POINTER, _SIZE, _SIZE, *[_POINTER] * 5, _COUNT), ("bfloat16", "float32", "float64")),
     "rms_norm": ((*[_POINTER] * 3, _SIZE, _SIZE, _REAL), ("float32", "float64")),
-    "gated_delta_net_verify": ((*[_POINTER] * 5, _COUNT), ("float32", "float64")),
+    "accept": ((*[_POINTER] * 7, *[_SIZE] * 3), ("int64",)),
+    "row_keys": ((*[_POINTER] * 3, _SIZE), ("int64",)),
+    "decoder": (
+        (*[_POINTER] * 3, _SIZE, _POINTER, _POINTER, _REAL, *[_POINTER] * 5, _COUNT),
+        ("bfloat16", "float32", "float64"),
+    ),
 }
 
 
@@ -37,7 +42,7 @@ def load_library() -> ctypes.CDLL | None:
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        logger.warning("no g++ or clang++ found: CPU decoding stays on the slower torch version of the GDN step")
+        logger.warning("no g++ or clang++ found: CPU decoding stays on the slower torch version")
         return None
     path = _cache_directory() / f"tandem-{_fingerprint(compiler)}.so"
     try:

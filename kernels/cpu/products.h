@@ -8,11 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
-namespace tandem {
+#include "elementwise.h"
+#include "team.h"
 
-using bf16 = uint16_t;
+namespace tandem {
 
 template <typename F>
 struct Vector;
@@ -42,15 +44,6 @@ inline Vector<float>::type load(const bf16* p) {
     const words w = __builtin_convertvector(h, words) << 16;
     Vector<float>::type v;
     std::memcpy(&v, &w, sizeof v);
-    return v;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bf16 x) {
-    const uint32_t word = uint32_t(x) << 16;
-    float v;
-    std::memcpy(&v, &word, sizeof v);
     return v;
 }
 
@@ -111,5 +104,83 @@ void multiply_rows(const F* x, const W* weight, F* y, int64_t M, int64_t K, int6
     if (M - m == 2) multiply_tile<2, COLS>(x + m * K, weight, y + m * N, K, stride, N);
     if (M - m == 1) multiply_tile<1, COLS>(x + m * K, weight, y + m * N, K, stride, N);
 }
+
+#if defined(__AVX512BF16__)
+// The same for bfloat16 weights and rows, whose products the processor adds up in pairs.
+template <int ROWS, int COLS>
+void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int64_t N) {
+    using V = Vector<float>::type;
+    constexpr int L = 16, SUMS = (ROWS * COLS + L - 1) / L * L;
+    V sums[SUMS] = {};
+    int64_t k = 0;
+    for (; k + 32 <= K; k += 32) {
+        __m512bh w[COLS];
+#pragma GCC unroll 4
+        for (int c = 0; c < COLS; ++c) w[c] = (__m512bh)_mm512_loadu_si512(weight + c * K + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * K + k);
+#pragma GCC unroll 4
+            for (int c = 0; c < COLS; ++c) {
+                V& sum = sums[r * COLS + c];
+                sum = (V)_mm512_dpbf16_ps((__m512)sum, a, w[c]);
+            }
+        }
+    }
+    float totals[SUMS];
+#pragma GCC unroll 4
+    for (int first = 0; first < SUMS; first += L) {
+        add_lanes<L, L>(sums + first);
+        std::memcpy(totals + first, sums + first, sizeof(V));
+    }
+    for (; k < K; ++k)
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < COLS; ++c)
+                totals[r * COLS + c] = std::fma(widen(x[r * K + k]), widen(weight[c * K + k]), totals[r * COLS + c]);
+    for (int r = 0; r < ROWS; ++r) std::memcpy(y + r * N, totals + r * COLS, COLS * sizeof(float));
+}
+
+template <int COLS>
+void multiply_columns(const bf16* x, const bf16* weight, float* y, int64_t M, int64_t K, int64_t N) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) multiply_pairs<4, COLS>(x + m * K, weight, y + m * N, K, N);
+    if (M - m == 3) multiply_pairs<3, COLS>(x + m * K, weight, y + m * N, K, N);
+    if (M - m == 2) multiply_pairs<2, COLS>(x + m * K, weight, y + m * N, K, N);
+    if (M - m == 1) multiply_pairs<1, COLS>(x + m * K, weight, y + m * N, K, N);
+}
+#endif
+
+template <int COLS, typename W, typename F>
+void multiply_columns(const F* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
+    multiply_rows<COLS>(x, weight, y, M, K, K, N);
+}
+
+template <typename X, typename W, typename F>
+void multiply_tiles(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
+    constexpr int64_t COLS = 4;
+    team.each((N + COLS - 1) / COLS, [=](int64_t tile) {
+        const int64_t n = tile * COLS;
+        if (n + COLS <= N)
+            multiply_columns<COLS>(x, weight + n * K, y + n, M, K, N);
+        else
+            for (int64_t c = n; c < N; ++c) multiply_columns<1>(x, weight + c * K, y + c, M, K, N);
+    });
+}
+
+// y [M, N] of x [M, K] against weight [N, K].
+template <typename W, typename F>
+void multiply(const Team& team, const F* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
+    multiply_tiles(team, x, weight, y, M, K, N);
+}
+
+#if defined(__AVX512BF16__)
+// Rows are rounded to the weights' dtype, as torch keeps them.
+inline void multiply(const Team& team, const float* x, const bf16* weight, float* y, int64_t M, int64_t K, int64_t N) {
+    const std::unique_ptr<bf16[]> rows(new bf16[M * K]);
+#pragma omp simd
+    for (int64_t i = 0; i < M * K; ++i) narrow(x[i], rows[i]);
+    multiply_tiles(team, static_cast<const bf16*>(rows.get()), weight, y, M, K, N);
+}
+#endif
 
 }  // namespace tandem

@@ -21,6 +21,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(silu_and_mul(self.gate_up.forward_stacked(x)))
 
+    def kernel_weights(self) -> dict[str, Tensor]:
+        """By the names of kernels/cpu/decoder.py."""
+        return {"gate_up": self.gate_up.weight, "down": self.down.weight}
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up.weight_slots(prefix)
         yield from self.down.weight_slots(f"{prefix}.down_proj")

@@ -56,6 +56,11 @@ class Attention(nn.Module):
         ]
         return out[0] if len(out) == 1 else torch.cat(out)
 
+    def kernel_weights(self) -> dict[str, Tensor]:
+        """By the names of kernels/cpu/decoder.py."""
+        norms = {"q_norm": self.q_norm.scale, "k_norm": self.k_norm.scale}
+        return {"in_proj": self.qkv.weight, "out_proj": self.out.weight, **norms}
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv.weight_slots(prefix)
         yield from self.q_norm.weight_slots(f"{prefix}.q_norm")

@@ -72,6 +72,11 @@ class GatedDeltaNet(nn.Module):
             out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
         return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
 
+    def kernel_weights(self) -> dict[str, Tensor]:
+        """By the names of kernels/cpu/decoder.py."""
+        inner = {"conv": self.conv_weight, "a_log": self.A_log, "dt_bias": self.dt_bias, "delta_norm": self.norm_weight}
+        return {"in_proj": self.in_proj.weight, "out_proj": self.out.weight, **inner}
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Checkpoint tensors of this layer."""
         yield from self.in_proj.weight_slots(prefix)

@@ -13,6 +13,7 @@ from kernels.linear import linear
 from kernels.rotary import rotary_angles
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
+from models.layers.cpu_decoder import CpuDecoder
 from models.layers.embedding import Embedding
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
@@ -47,6 +48,11 @@ class DecoderLayer(nn.Module):
             x = x + self.mixer(normed, forward)
         return x + self.mlp(self.post_norm(x))
 
+    def kernel_weights(self) -> tuple[dict[str, Tensor], int]:
+        """Weights by the names of kernels/cpu/decoder.py, and the layer's index in its part of the cache."""
+        norms = {"input_norm": self.input_norm.scale, "post_norm": self.post_norm.scale}
+        return norms | self.mixer.kernel_weights() | self.mlp.kernel_weights(), self.mixer.layer  # type: ignore[operator]
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         mixer_name = "self_attn" if isinstance(self.mixer, Attention) else "linear_attn"
         yield from self.input_norm.weight_slots(f"{prefix}.input_layernorm")
@@ -66,6 +72,7 @@ class Qwen35(nn.Module):
             DecoderLayer(config, mixer, feed_forward(config, dtype), dtype) for mixer in self._mixers(dtype)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self._cpu_decoder = CpuDecoder(config, self.kernel_front, list(self.layers), self.norm)  # type: ignore[arg-type]
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -79,11 +86,16 @@ class Qwen35(nn.Module):
 
     def forward(self, forward: ForwardBatch) -> Tensor:
         """Hidden states [N, H] after the final norm."""
+        if self._cpu_decoder.serves(forward):
+            return self._cpu_decoder(forward.token_ids, forward)
         rotary = self.rotary(forward.positions)
         x = self.embed_tokens(forward.token_ids)
         for layer in self.layers:
             x = layer(x, forward, rotary)
-        return self.norm(x)
+        x = self.norm(x)
+        if forward.view is not None and forward.view.is_verify:
+            forward.record(x)
+        return x
 
     def forward_sequence(self, token_ids: Tensor) -> Tensor:
         """Whole sequences, nothing stored, differentiable: token_ids [B, T] -> hidden states [B, T, H]."""
@@ -93,6 +105,10 @@ class Qwen35(nn.Module):
         """hidden [..., H] after the final norm -> logits [..., V] in float32 or wider."""
         logits = linear(hidden, self.lm_head.weight)
         return logits.to(self.norm.scale.dtype)
+
+    def kernel_front(self) -> dict[str, Tensor]:
+        """What stands before the layers, by the names of kernels/cpu/decoder.py."""
+        return {"embedding": self.embed_tokens.weight}
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin for positions [N]."""

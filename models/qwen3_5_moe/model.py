@@ -36,6 +36,12 @@ class SparseMLP(nn.Module):
         gate = self.shared_gate(x).expand_as(x).sigmoid()
         return routed + gate * self.shared_expert(x)
 
+    def kernel_weights(self) -> dict[str, Tensor]:
+        """By the names of kernels/cpu/decoder.py."""
+        shared = {f"shared_{name}": weight for name, weight in self.shared_expert.kernel_weights().items()}
+        shared |= {"shared_gate": self.shared_gate.weight, "router": self.router.weight}
+        return {"gate_up": self.gate_up, "down": self.down, **shared}
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Both expert layouts of the checkpoints: fused 3-D tensors, and one 2-D tensor per expert and matrix."""
         yield from self.router.weight_slots(f"{prefix}.gate")

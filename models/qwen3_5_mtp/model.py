@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kernels.cpu.decoder import DraftChain
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
+from models.layers.cpu_decoder import CpuDecoder
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.qwen3_5.attention import Attention
@@ -42,6 +44,10 @@ class Qwen35MTP(nn.Module):
             for index in range(self.num_layers)
         )
         self.norm = RMSNorm(hidden, eps, dtype)
+        self._cpu_decoders = [
+            CpuDecoder(config, self.kernel_front, [layer], self.norm)  # type: ignore[list-item]
+            for layer in self.layers
+        ]
 
     @property
     def target(self) -> Qwen35:
@@ -53,15 +59,43 @@ class Qwen35MTP(nn.Module):
 
         Returns [N, H] after the draft's norm: the input of the target's output head as it is.
         """
+        if self._cpu_decoders[layer].serves(forward):
+            return self._cpu_decoders[layer](next_ids, forward, hidden)
         embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(next_ids))
         x = self.fc(torch.cat([embedding, self.pre_fc_norm_hidden(hidden)], dim=-1))
         x = self.layers[layer](x, forward, self.target.rotary(forward.positions))
         return self.norm(x)
 
+    def can_propose(self, forward: ForwardBatch) -> bool:
+        """Whether `propose` may be called for the pass: one layer, on a CPU with a compiler."""
+        return len(self.layers) == 1 and self._cpu_decoders[0].serves(forward)
+
+    def propose(
+        self,
+        next_ids: Tensor,
+        hidden: Tensor,
+        forward: ForwardBatch,
+        last: Tensor,
+        alive: list[int],
+        temperatures: Tensor,
+        seeds: Tensor,
+    ) -> Tensor:
+        """`forward` and then a chain of guesses [B, D] int64, in one call.
+
+        last [B]: flat index of each request's newest row; alive[d] requests, which come first, want more than d drafts.
+        """
+        chain = DraftChain(last, alive, self.target.lm_head.weight, temperatures, seeds)
+        return self._cpu_decoders[0].propose(next_ids, forward, hidden, chain)
+
     def forward_sequence(self, next_ids: Tensor, hidden: Tensor, layer: int = 0) -> Tensor:
         """Whole sequences, nothing stored, differentiable: next_ids [B, T], hidden [B, T, H] -> [B, T, H]."""
         forward = ForwardBatch.whole_sequences(next_ids)
         return self(next_ids.flatten(), hidden.flatten(0, 1), forward, layer).unflatten(0, next_ids.shape)
+
+    def kernel_front(self) -> dict[str, Tensor]:
+        """What stands before the layers, by the names of kernels/cpu/decoder.py."""
+        norms = {"embedding_norm": self.pre_fc_norm_embedding.scale, "hidden_norm": self.pre_fc_norm_hidden.scale}
+        return {**self.target.kernel_front(), "fc": self.fc.weight, **norms}
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Every `mtp.*` checkpoint tensor."""

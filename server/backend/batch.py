@@ -1,7 +1,5 @@
 """Batch (host) -> ForwardBatch (device)."""
 
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
@@ -33,14 +31,12 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
 
 def _gather_windows(next_ids: Tensor, start_lens: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Tokens and positions [N]: the first counts[i] of next_ids [B, K + 1], from start_lens [B] on."""
-    ids, positions, first = [], [], 0
-    for count, run in groupby(counts):
-        end = first + len(list(run))
-        ids.append(next_ids[first:end, :count].flatten())
-        ahead = torch.arange(count, device=next_ids.device)
-        positions.append((start_lens[first:end, None] + ahead).flatten())
-        first = end
-    return (ids[0], positions[0]) if len(ids) == 1 else (torch.cat(ids), torch.cat(positions))
+    if min(counts) == max(counts):
+        ahead = torch.arange(counts[0], device=next_ids.device)
+        return next_ids[:, : counts[0]].flatten(), (start_lens[:, None] + ahead).flatten()
+    pairs = [(request, ahead) for request, count in enumerate(counts) for ahead in range(count)]
+    requests, ahead = torch.tensor(pairs, device=next_ids.device).unbind(1)
+    return next_ids[requests, ahead], start_lens[requests] + ahead
 
 
 def last_indices(forward: ForwardBatch) -> Tensor:

@@ -4,9 +4,10 @@
 recurses on that one. Drafts use the request's own sampling settings and the random numbers of the very positions they
 guess, so they follow the target's draws also under sampling. They can change speed only, never the output.
 
-A request that gets no drafts for a while costs nothing here: its newest hidden states are put aside, and the head
-catches up on them at once when drafts are wanted again. In place of what it has missed before, it attends to whatever
-its cache holds there. B requests, N rows, R rows of the table.
+A request that gets no drafts for a while costs nothing here: its newest hidden states are kept in the cache's history,
+and the head catches up on them at once when drafts are wanted again. In place of what it has missed before, it attends
+to whatever its cache holds there. Where drafts need nothing but a temperature, and the draft can, the whole chain is
+one call. B requests, N rows, R rows of the table.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels.speculative import roll_next_ids
+from models.cache import HISTORY_LEN
 from models.forward_batch import ForwardBatch
 from models.qwen3_5_mtp.model import Qwen35MTP
 from server.backend.batch import following_ids, last_indices
 from server.backend.sampler import Sampled, Sampler
-from server.config import MAX_BEHIND
+from server.messages import SamplingParams
 from server.request import Batch, Work
 
 
@@ -45,30 +47,28 @@ class Drafter:
     def __init__(self, draft: Qwen35MTP, sampler: Sampler, num_drafts: int, num_layers: int):
         self.draft, self.sampler = draft, sampler
         self.num_drafts, self.num_layers = num_drafts, min(num_layers, num_drafts)
-        weight = draft.fc.weight
-        num_rows = len(sampler.table.seq_len) if self.num_layers == 1 else 0
-        self._aside = weight.new_zeros(num_rows * MAX_BEHIND, weight.shape[0])
-        self._aside_ids = torch.zeros(num_rows * MAX_BEHIND, dtype=torch.int64, device=weight.device)
 
     def propose(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> Tensor:
         """Drafts [B, D] that follow each request's newest token, D the most that one of them wants; what stands behind
         the wanted ones means nothing. hidden [N, H] is the target's for the whole pass.
 
-        First every chained layer runs over the pass's rows and those put aside, row p pairing the token after position
-        p with the hidden state at p (this extends its cache and overwrites what earlier guesses left there), then
-        single tokens follow. Inside a prompt the next tokens are the prompt's own.
+        First every chained layer runs over the pass's rows and those missed before, row p pairing the token after
+        position p with the hidden state at p (this extends its cache and overwrites what earlier guesses left there),
+        then single tokens follow. Inside a prompt the next tokens are the prompt's own.
         """
-        depth = max(work.num_drafts for work in batch.works)
-        drafts = sampled.token_ids.new_zeros(len(batch.works), depth)
-        idle = [index for index, work in enumerate(batch.works) if work.is_idle]
-        if idle:
-            self._put_aside(hidden, sampled, forward, batch, idle)
-        if len(idle) < len(batch.works):
-            self._chain(self._extension(hidden, sampled, forward, batch), drafts)
+        works = batch.works
+        if batch.is_idle:
+            return sampled.token_ids[:, :0]
+        drafts = sampled.token_ids.new_zeros(len(works), max(work.num_drafts for work in works))
+        self._chain(self._extension(hidden, sampled, forward, batch), drafts)
         return drafts
 
     def _chain(self, rows: _Extension, drafts: Tensor) -> None:
         """Run the layers, then single tokens, and write what they guess to drafts [B, D]."""
+        is_simple = drafts.shape[1] > 0 and all(_is_simple(work.sampling) for work in rows.works)
+        if is_simple and self.draft.can_propose(rows.forward):
+            drafts[rows.order] = self._propose_at_once(rows, drafts.shape[1])
+            return
         positions, state, next_ids = rows.forward.positions[rows.last], rows.states, rows.next_ids
         newest, newest_state = rows.last.new_zeros(0), rows.states[:0]
         for step in range(max(drafts.shape[1], self.num_layers)):
@@ -83,13 +83,22 @@ class Drafter:
                 newest_state = self.draft(newest[:alive], newest_state[:alive], ahead, self.num_layers - 1)
             if alive == 0:
                 return
-            logits = self.draft.target.compute_logits(newest_state)[:, None]
-            newest = self.sampler.draw(logits, works, positions[:alive, None] + 2 + step)[:, 0]
+            logits = self.draft.target.compute_logits(newest_state)
+            newest = self.sampler.draw(logits, works, positions[:alive] + 2 + step)
             if step < drafts.shape[1]:
                 drafts[rows.order[:alive], step] = newest
             if has_next_layer:
                 is_known = rows.known[:, step + 1] >= 0
                 next_ids = roll_next_ids(next_ids, rows.last, torch.where(is_known, rows.known[:, step + 1], newest))
+
+    def _propose_at_once(self, rows: _Extension, depth: int) -> Tensor:
+        """All of it in one call: drafts [b, D]."""
+        table = self.sampler.table
+        alive = [sum(work.num_drafts > step for work in rows.works) for step in range(depth)]
+        view = rows.forward.view
+        assert view is not None
+        temperatures, seeds = table.temperature[view.row_ids], table.seed[view.row_ids]
+        return self.draft.propose(rows.next_ids, rows.states, rows.forward, rows.last, alive, temperatures, seeds)
 
     def _extension(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> _Extension:
         if batch.is_verify:
@@ -118,42 +127,35 @@ class Drafter:
         return self._reorder(active, rows)
 
     def _reorder(self, order: list[int], rows: _Extension) -> _Extension:
-        """The requests `order` of a pass alone and in this order, each with its states put aside in front."""
+        """The requests `order` of a pass alone and in this order, each with the positions it has missed in front."""
         forward, works = rows.forward, [rows.works[index] for index in order]
         view, device = forward.view, forward.token_ids.device
         assert view is not None
         starts = list(accumulate(forward.query_lens, initial=0))
         behind = [(index, ago) for index in order for ago in range(rows.works[index].num_behind, 0, -1)]
-        where: list[int] = []  # in what was put aside, followed by the pass
-        counts, shifts, num_aside = [], [], 0
+        where: list[int] = []  # in what was missed, followed by the pass
+        counts, shifts, num_missed = [], [], 0
         for index, work in zip(order, works, strict=True):
             shifts.append(len(where) + work.num_behind - starts[index])
-            where += range(num_aside, num_aside + work.num_behind)
+            where += range(num_missed, num_missed + work.num_behind)
             where += range(len(behind) + starts[index], len(behind) + starts[index + 1])
-            num_aside += work.num_behind
+            num_missed += work.num_behind
             counts.append(work.num_behind + forward.query_lens[index])
         chosen, source = torch.tensor(order, device=device), torch.tensor(where, device=device)
         positions, next_ids, states = forward.positions, rows.next_ids, rows.states
         if behind:
             requests, ago = torch.tensor(behind, device=device).unbind(1)
-            past = view.start_lens[requests] - ago
-            slots = view.row_ids[requests] * MAX_BEHIND + past % MAX_BEHIND
+            past, rows_of, history = view.start_lens[requests] - ago, view.row_ids[requests], view.cache.history
+            assert history is not None
             positions = torch.cat([past, positions])
-            next_ids, states = torch.cat([self._aside_ids[slots], next_ids]), torch.cat([self._aside[slots], states])
+            next_ids = torch.cat([history.token_ids[rows_of, (past + 1) % HISTORY_LEN], next_ids])
+            states = torch.cat([history.hidden[rows_of, past % HISTORY_LEN], states])
         last = rows.last[chosen] + torch.tensor(shifts, device=device)
         picked = ForwardBatch(next_ids[source], positions[source], tuple(counts), view.pick(order))
         return _Extension(works, chosen, picked, picked.token_ids, states[source], last, rows.known[chosen])
 
-    def _put_aside(
-        self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch, idle: list[int]
-    ) -> None:
-        """Keep the hidden state and the next token of requests that run one row and want no drafts."""
-        view = forward.view
-        assert view is not None
-        flat = last_indices(forward)
-        rows, starts = view.row_ids, view.start_lens
-        if len(idle) < len(batch.works):
-            chosen = torch.tensor(idle, device=flat.device)
-            flat, rows, starts = flat[chosen], rows[chosen], starts[chosen]
-        slots = rows * MAX_BEHIND + starts % MAX_BEHIND
-        self._aside[slots], self._aside_ids[slots] = hidden[flat], sampled.next_ids[flat]
+
+def _is_simple(sampling: SamplingParams) -> bool:
+    """Guesses need nothing but a temperature; penalties and min_tokens only make them a little worse."""
+    is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return not sampling.logit_bias and (sampling.is_greedy or not is_filtered)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.cache import GDNCache, GDNCheckpoints, KVCache
+from models.cache import GDNCache, GDNCheckpoints, History, KVCache
 from models.config import ModelConfig
 from models.registry import build
 from server.config import MAX_BEHIND, EngineConfig, Limits, lookahead
@@ -22,7 +22,7 @@ _CHECKPOINTS_PER_ROW = (4, 1, 0)
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of one of each: a page of all main or all draft layers, a row's states and rings, the hidden states that
-    its draft head has put aside, a checkpoint; and of all weights and one pass's activations."""
+    is kept for its draft head, a checkpoint; and of all weights and one pass's activations."""
 
     weights: int
     draft_weights: int
@@ -30,7 +30,7 @@ class Sizes:
     mtp_page: int
     state: int
     rings: int
-    aside: int
+    history: int
     checkpoint: int
     workspace: int
 
@@ -40,7 +40,7 @@ class Sizes:
 
     @property
     def row(self) -> int:
-        return self.state + self.rings + self.aside
+        return self.state + self.rings + self.history
 
     @property
     def fixed(self) -> int:
@@ -79,7 +79,7 @@ def measure_sizes(
         mtp_page=layer_page * num_mtp_layers,
         state=gdn.state_bytes_per_row,
         rings=gdn.ring_bytes_per_row,
-        aside=MAX_BEHIND * model.hidden_size * dtype.itemsize if num_mtp_layers == 1 else 0,
+        history=History.allocate(model, 1, dtype, "meta").bytes_per_row if num_mtp_layers == 1 else 0,
         checkpoint=GDNCheckpoints.allocate(gdn, 1).bytes_per_slot,
         workspace=_workspace(config, model),
     )
@@ -158,7 +158,7 @@ def _limits(config: EngineConfig, sizes: Sizes, num_rows: int, num_pages: int, n
         host_cache_bytes=config.host_cache_bytes,
         page_bytes=sizes.page,
         checkpoint_bytes=sizes.checkpoint,
-        max_behind=MAX_BEHIND if sizes.aside else 0,
+        max_behind=MAX_BEHIND if sizes.history else 0,
         stream_slowdown=config.stream_slowdown,
     )
 
@@ -219,7 +219,7 @@ def describe_memory(plan: MemoryPlan) -> str:
         "KV, MTP layers": sizes.mtp_page * num_pages,
         "GDN states": sizes.state * num_rows,
         "GDN and conv rings": sizes.rings * num_rows,
-        "hidden states aside": sizes.aside * num_rows,
+        "hidden states kept": sizes.history * num_rows,
         "GDN checkpoints": sizes.checkpoint * (limits.num_checkpoints + 1),
         "workspace": sizes.workspace,
     }

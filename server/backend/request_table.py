@@ -64,16 +64,10 @@ class RequestTable:
         """Add pages to the row's page table from index `first` on."""
         self.page_table[row, first : first + len(pages)] = torch.tensor(pages, device=self.device)
 
-    def cut(self, rows: Tensor, start_lens: Tensor, token_ids: Tensor, accept_lens: Tensor) -> Tensor:
-        """accept_lens [B] of rows [B] that emit token_ids [B, T], cut behind a stop id and at the longest length.
-
-        So a row never runs past the end of its request, and its state can be kept for the next one. At least 1.
-        """
-        is_stop = (token_ids[:, :, None] == self.stop_ids[rows][:, None]).any(-1)
-        before = 1 - is_stop.long().cumsum(1) + is_stop.long()  # 1 up to the first stop id, inclusive
-        first_stop = before.clamp(min=0).cumprod(1).sum(1)
-        room = self.longest_len[rows] - start_lens - 1
-        return torch.minimum(torch.minimum(accept_lens, first_stop), room).clamp(min=1)
+    def read_ends(self, rows: Tensor, start_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """What ends the requests in rows [B], so that a row never runs past it and its state can be kept for the next
+        one: their stop_ids [B, MAX_STOP_IDS], and how many tokens [B] they may still emit behind start_lens [B]."""
+        return self.stop_ids[rows], self.longest_len[rows] - start_lens - 1
 
     def commit(self, forward: ForwardBatch, last_ids: Tensor, drafts: Tensor, accept_lens: Tensor) -> None:
         """Advance the rows of a pass: after a verify step by accept_lens, after prefill by the tokens it ran.
@@ -116,17 +110,14 @@ class RequestTable:
     def view(self, rows: list[int], is_verify: bool) -> CacheView:
         """The cache as a pass over `rows` sees it."""
         ids = torch.tensor(rows, device=self.device)
-        accept_lens = self.accept_len[ids]
-        shortest, longest = accept_lens.aminmax() if is_verify or self.device == "cpu" else (0, 0)
         return CacheView(
             cache=self.cache,
             rows=tuple(rows),
             start_lens=self.seq_len[ids],
-            accept_lens=accept_lens,
+            accept_lens=self.accept_len[ids],
             page_table=self.page_table[ids],
             is_verify=is_verify,
-            num_fold=int(longest),
-            folds_all=bool(shortest == longest),
+            row_ids=ids,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kernels.cpu.library import load_library
 from models import errors as model_errors
-from models.cache import Cache, GDNCache, KVCache
+from models.cache import Cache, GDNCache, History, KVCache
 from models.config import ModelConfig, load_config
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
@@ -81,8 +81,7 @@ def build_runner(config: EngineConfig) -> Runner:
     logger.info("%s", describe_memory(plan))
     if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
         logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
-    has_room = device == "cuda" or len(os.sched_getaffinity(0)) > 1
-    overlaps = config.overlap == "on" or (config.overlap == "auto" and has_room)
+    overlaps = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
     return Runner(
         target, draft, table, sampler, mover, drafter, plan, eos_ids, turn_ids, overlaps, STATE_TOLERANCES[dtype]
     )
@@ -117,4 +116,5 @@ def _allocate_cache(
     num_pages = plan.limits.num_pages + 1
     kv = KVCache.allocate(model, num_mtp_layers, num_pages, config.page_size, dtype, device)
     gdn = GDNCache.allocate(model, config.mtp_step, plan.limits.max_running_requests + 1, dtype, device)
-    return Cache(kv, gdn)
+    num_rows = plan.limits.max_running_requests + 1
+    return Cache(kv, gdn, History.allocate(model, num_rows, dtype, device) if plan.limits.max_behind else None)

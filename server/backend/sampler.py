@@ -1,18 +1,18 @@
 """Logits -> tokens, by each request's own settings, the same with and without drafts.
 
 Every row of a verify step draws the target's token with random numbers keyed by (request seed, absolute position), so
-a token does not depend on the batch, on K, or on the drafts. B requests, T rows each, V vocabulary.
+a token does not depend on the batch, on K, or on the drafts. B requests, N rows of all of them, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.sampling import apply_penalties, compute_logprobs, draw
-from kernels.speculative import count_accepted
+from kernels.speculative import accept
 from models.forward_batch import ForwardBatch
 from server.backend.batch import last_indices
 from server.backend.request_table import RequestTable, has_penalty
@@ -22,8 +22,8 @@ from server.request import Batch, Work
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a pass emits: token_ids [B, T] (T = 1 after prefill, else the widest window; narrower ones end in zeros),
-    accept_lens [B] of them count, 0 inside a prompt.
+    """What a pass emits: token_ids [B, T] (T = 1 after prefill, else the widest window; what stands behind a narrower
+    one means nothing), accept_lens [B] of them count, 0 inside a prompt.
 
     match_lens [B] are the same before they are cut at the request's end. next_ids [N] are the tokens again, row by row
     of the pass (after prefill: one per request). `logits` [N, V] are the raw ones, and is_finite [B] says that all of a
@@ -44,58 +44,60 @@ class Sampler:
     def __init__(self, table: RequestTable, eos_ids: tuple[int, ...]):
         self.table, self.eos_ids = table, eos_ids
 
+    def is_greedy(self, works: Sequence[Work]) -> bool:
+        """All of them take the largest of the model's own logits."""
+        return all(_is_plain_greedy(work.sampling) for work in works)
+
     def sample(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         """The tokens of one target pass; logits [N, V] of all verify rows, or [B, V] of each chunk's last token."""
         if batch.is_verify:
             return self._sample_windows(logits, forward, batch)
-        positions = forward.positions[last_indices(forward)][:, None] + 1
-        token_ids = self.draw(logits[:, None], batch.works, positions)
+        token_ids = self.draw(logits, batch.works, forward.positions[last_indices(forward)] + 1)
         ends = torch.tensor([work.ends_prompt for work in batch.works], device=logits.device).long()
-        return Sampled(token_ids, ends, ends, token_ids.flatten(), logits, _is_finite(logits))
+        return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits))
 
     def _sample_windows(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
-        """Windows of one width at a time; logits [N, V]."""
-        widest = max(forward.query_lens)
-        ids, padded, accept_lens, match_lens, is_finite, first = [], [], [], [], [], 0
-        for span, part in forward.parts:
-            count, width = part.num_requests, part.query_lens[0]
-            rows = logits[span].unflatten(0, (count, width))
-            window = part.token_ids.view(count, width)
-            positions = part.positions.view(count, width) + 1
-            token_ids = self.draw(rows, batch.works[first : first + count], positions, window)
-            match_lens.append(count_accepted(token_ids, window[:, 1:]))
-            accept_lens.append(self._cut(part, token_ids, match_lens[-1]))
-            is_finite.append(_is_finite(rows))
-            ids.append(token_ids.flatten())
-            padded.append(token_ids if width == widest else F.pad(token_ids, (0, widest - width)))
-            first += count
-        return Sampled(_join(padded), _join(accept_lens), _join(match_lens), _join(ids), logits, _join(is_finite))
+        view, widths, window = forward.view, forward.query_lens, forward.token_ids
+        assert view is not None
+        next_ids = self.draw(logits, batch.works, forward.positions + 1, widths, window)
+        is_finite = _is_finite(logits)
+        if max(widths) == 1:
+            ones = torch.ones_like(next_ids)
+            return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite)
+        accepted = accept(next_ids, window, widths, *self.table.read_ends(view.row_ids, view.start_lens))
+        is_finite = torch.stack([part.all() for part in is_finite.split(list(widths))])
+        return Sampled(accepted.token_ids, accepted.accept_lens, accepted.match_lens, next_ids, logits, is_finite)
 
-    def _cut(self, part: ForwardBatch, token_ids: Tensor, match_lens: Tensor) -> Tensor:
-        """match_lens [B] of token_ids [B, T], ended where the request ends."""
-        view = part.view
-        if view is None or token_ids.shape[1] == 1:
-            return match_lens
-        return self.table.cut(view.row_ids, view.start_lens, token_ids, match_lens)
+    def draw(
+        self,
+        logits: Tensor,
+        works: Sequence[Work],
+        positions: Tensor,
+        widths: Sequence[int] = (),
+        window: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [N] for logits [N, V] at absolute positions [N], of which each work has widths[i] (one, if not given).
 
-    def draw(self, logits: Tensor, works: Sequence[Work], positions: Tensor, window: Tensor | None = None) -> Tensor:
-        """Tokens [B, T] for logits [B, T, V] at absolute positions [B, T]; window [B, T] are the tokens the rows were
-        run on (the newest committed one, then drafts), which penalties count from the second on."""
-        if all(_is_plain_greedy(work.sampling) for work in works):
+        window [N] are the tokens that the rows were run on: of each work the newest committed one, then drafts, which
+        penalties count.
+        """
+        if self.is_greedy(works):
             return logits.argmax(-1)
-        logits = self._apply_rules(logits.clone(), works, positions, window)
-        rows = torch.tensor([work.row for work in works], device=logits.device)
-        rows = rows.repeat_interleave(logits.shape[1])
+        spans = _spans(widths or [1] * len(works))
+        rows = torch.tensor([work.row for work, span in zip(works, spans, strict=True) for _ in span])
+        rows = rows.to(logits.device)
+        if any(_has_rules(work.sampling) for work in works):
+            logits = self._apply_rules(logits.clone(), works, spans, rows, positions, window)
         table = self.table
         return draw(
-            logits.flatten(0, 1),
+            logits,
             temperature=table.temperature[rows],
             top_k=table.top_k[rows],
             top_p=table.top_p[rows],
             min_p=table.min_p[rows],
             seeds=table.seed[rows],
-            positions=positions.flatten(),
-        ).view(positions.shape)
+            positions=positions,
+        )
 
     def read_logprobs(self, sampled: Sampled, batch: Batch) -> list[list[TokenLogprobs]]:
         """Raw log-probabilities of the emitted tokens, for the requests that asked; [] for the others."""
@@ -115,65 +117,87 @@ class Sampler:
             results.append([TokenLogprobs(*values) for values in zip(*(part.tolist() for part in parts), strict=True)])
         return results
 
-    def _apply_rules(self, logits: Tensor, works: Sequence[Work], positions: Tensor, window: Tensor | None) -> Tensor:
-        """min_tokens mask, logit_bias and penalties on logits [B, T, V], in place, where requests ask for them."""
-        self._mask_early_stops(logits, works, positions)
-        biases = [(i, *bias) for i, work in enumerate(works) for bias in work.sampling.logit_bias.items()]
+    def _apply_rules(
+        self,
+        logits: Tensor,
+        works: Sequence[Work],
+        spans: list[range],
+        rows: Tensor,
+        positions: Tensor,
+        window: Tensor | None,
+    ) -> Tensor:
+        """min_tokens mask, logit_bias and penalties on logits [N, V], in place, where requests ask for them. spans: the
+        places of each work's rows; rows [N]: each place's row of the table."""
+        of_works = list(zip([work.sampling for work in works], spans, strict=True))
+        self._mask_early_stops(logits, of_works, rows, positions)
+        biases = [(at, *bias) for sampling, span in of_works for bias in sampling.logit_bias.items() for at in span]
         if biases:
-            index, ids, values = zip(*biases, strict=True)
-            where = _index(logits, index, ids)
-            added = torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
-            logits.transpose(1, 2).index_put_(where, added.expand(-1, logits.shape[1]), accumulate=True)
-        penalised = [i for i, work in enumerate(works) if has_penalty(work.sampling)]
+            *where, values = zip(*biases, strict=True)
+            added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+            logits.index_put_(_index(logits, *where), added, accumulate=True)
+        penalised = [span for sampling, span in of_works if has_penalty(sampling)]
         if penalised:
-            rows = torch.tensor([works[i].row for i in penalised], device=logits.device)
-            logits[penalised] = self._penalise(logits[penalised], rows, None if window is None else window[penalised])
+            (places,) = _index(logits, [at for span in penalised for at in span])
+            logits[places] = self._penalise(logits[places], rows[places], _count_drafts(penalised, window))
         return logits
 
-    def _mask_early_stops(self, logits: Tensor, works: Sequence[Work], positions: Tensor) -> None:
+    def _mask_early_stops(
+        self, logits: Tensor, of_works: list[tuple[SamplingParams, range]], rows: Tensor, positions: Tensor
+    ) -> None:
         stops = [
-            (i, stop_id)
-            for i, work in enumerate(works)
-            if work.sampling.min_tokens
-            for stop_id in {*self.eos_ids, *work.sampling.stop_token_ids}
+            (at, stop_id)
+            for sampling, span in of_works
+            if sampling.min_tokens
+            for stop_id in {*self.eos_ids, *sampling.stop_token_ids}
+            for at in span
         ]
         if not stops:
             return
-        rows = torch.tensor([work.row for work in works], device=logits.device)
-        output_index = positions - self.table.prompt_len[rows, None]
-        is_early = output_index < self.table.min_tokens[rows, None]  # [B, T]
+        is_early = positions - self.table.prompt_len[rows] < self.table.min_tokens[rows]  # [N]
         where = _index(logits, *zip(*stops, strict=True))
-        by_token = logits.transpose(1, 2)
-        by_token[where] = by_token[where].masked_fill(is_early[where[0]], -torch.inf)
+        logits[where] = logits[where].masked_fill(is_early[where[0]], -torch.inf)
 
-    def _penalise(self, logits: Tensor, rows: Tensor, window: Tensor | None) -> Tensor:
-        """Rows [B, T, V] of the requests in `rows` [B]: row t counts the committed output and the drafts before it."""
-        table, num_rows = self.table, logits.shape[1]
+    def _penalise(self, logits: Tensor, rows: Tensor, drafts: tuple[Tensor, Tensor] | None) -> Tensor:
+        """logits [n, V] of the table's rows [n]: each counts the committed output and the drafts before it, which are
+        given as pairs of (index in n, token)."""
+        table = self.table
         assert table.output_counts is not None and table.in_prompt is not None
-        counts = table.output_counts[rows][:, None].repeat(1, num_rows, 1)
-        if window is not None:
-            for row in range(1, num_rows):
-                drafted = window[:, row, None, None].expand(-1, num_rows - row, 1)
-                counts[:, row:].scatter_add_(2, drafted, torch.ones_like(drafted, dtype=counts.dtype))
-        columns = (table.repetition, table.frequency, table.presence)
-        penalties = (column[rows].repeat_interleave(num_rows).to(logits.dtype) for column in columns)
-        in_prompt = table.in_prompt[rows].repeat_interleave(num_rows, dim=0)
-        return apply_penalties(logits.flatten(0, 1), counts.flatten(0, 1), in_prompt, *penalties).view_as(logits)
+        counts = table.output_counts[rows]
+        if drafts is not None:
+            counts.index_put_(drafts, torch.ones_like(drafts[0], dtype=counts.dtype), accumulate=True)
+        penalties = (column[rows].to(logits.dtype) for column in (table.repetition, table.frequency, table.presence))
+        return apply_penalties(logits, counts, table.in_prompt[rows], *penalties)
 
 
-def _index(logits: Tensor, *columns: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(column, device=logits.device) for column in columns)
+def _count_drafts(spans: list[range], window: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Which drafts of window [N] stand before the rows of the spans: (index of the row among them all, token)."""
+    pairs, first = [], 0
+    for span in spans:
+        pairs += [(first + row, span[draft]) for row in range(len(span)) for draft in range(1, row + 1)]
+        first += len(span)
+    if window is None or not pairs:
+        return None
+    places, sources = _index(window, *zip(*pairs, strict=True))
+    return places, window[sources]
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _spans(widths: Sequence[int]) -> list[range]:
+    """The places of requests with so many rows each, one request after the other."""
+    return [range(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True)]
+
+
+def _index(like: Tensor, *columns: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(column, device=like.device) for column in columns)
 
 
 def _is_finite(logits: Tensor) -> Tensor:
-    """[B] of logits [B, ...]: no row has a NaN or +inf, which its maximum would show."""
-    return logits.amax(-1).isfinite().view(len(logits), -1).all(1)
+    """[N] of logits [N, V]: no NaN or +inf, which the maximum would show."""
+    return logits.amax(-1).isfinite()
+
+
+def _has_rules(sampling: SamplingParams) -> bool:
+    return bool(sampling.min_tokens or sampling.logit_bias) or has_penalty(sampling)
 
 
 def _is_plain_greedy(sampling: SamplingParams) -> bool:
-    has_rules = bool(sampling.min_tokens or sampling.logit_bias) or has_penalty(sampling)
-    return sampling.is_greedy and not has_rules
+    return sampling.is_greedy and not _has_rules(sampling)

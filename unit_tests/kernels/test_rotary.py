@@ -2,9 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
-from kernels.rotary import apply_rotary, rotary_angles
+from kernels.rotary import apply_rotary, rotary_angles, rotary_frequencies
 
 HEADS, D, ROTARY_DIM, THETA = 3, 20, 8, 1e7
 
@@ -45,3 +46,11 @@ def test_angles_of_far_positions_are_exact_in_float32():
 def test_the_input_type_is_kept():
     x = torch.randn(2, HEADS, D).bfloat16()
     assert apply_rotary(x, *rotary_angles(torch.arange(2), ROTARY_DIM, THETA, torch.float32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 16, 34, 64])
+def test_frequencies_fall_from_one_by_a_constant_factor(rotary_dim):
+    frequencies = rotary_frequencies(rotary_dim, THETA, torch.float64, torch.device("cpu"))
+    assert len(frequencies) >= rotary_dim // 2 and frequencies[0] == 1
+    expected = [THETA ** (-2 * j / rotary_dim) for j in range(rotary_dim // 2)]
+    assert frequencies[: rotary_dim // 2].tolist() == pytest.approx(expected)

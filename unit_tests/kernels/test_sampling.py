@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from kernels.sampling import apply_penalties, compute_logprobs, draw, gumbel_noise
+from kernels import sampling
+from kernels.sampling import apply_penalties, compute_logprobs, draw, gumbel_noise, row_keys_torch
 
 NUM_DRAWS = 40_000
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -2.0, -6.0], dtype=torch.float64)
@@ -246,3 +247,16 @@ def test_the_only_token_that_is_kept_is_drawn_whatever_the_noise():
     where = {"seeds": torch.tensor([4]), "positions": torch.tensor([300762])}
     token = draw(logits, temperature=one, top_k=torch.tensor([1]), top_p=one, min_p=zero, **where)
     assert token.tolist() == [13]
+
+
+def test_row_keys_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the C++ library is, it makes them; noise from both keys is the same to the bit."""
+    source = torch.Generator().manual_seed(0)
+    seeds = torch.randint(-(2**62), 2**62, (500,), generator=source)
+    positions = torch.randint(0, 2**40, (500,), generator=source)
+    noise = gumbel_noise(seeds, positions, 16, torch.float64)
+    monkeypatch.setattr(sampling, "load_library", lambda: None)
+    assert torch.equal(gumbel_noise(seeds, positions, 16, torch.float64), noise)
+    first, second = row_keys_torch(seeds, positions)
+    assert first.dtype == second.dtype == torch.int32
+    assert len({*zip(first.tolist(), second.tolist(), strict=True)}) == 500

@@ -59,8 +59,7 @@ class CachedRun:
             accept_lens=torch.tensor(accept_lens),
             page_table=self.page_tables[list(rows)],
             is_verify=is_verify,
-            num_fold=max(accept_lens),
-            folds_all=len(set(accept_lens)) == 1,
+            row_ids=torch.tensor(list(rows)),
         )
         flat = torch.tensor([token for ids in token_ids for token in ids])
         return ForwardBatch(flat, torch.tensor(positions), tuple(map(len, token_ids)), view)

@@ -29,8 +29,7 @@ def make_batch(cache, rows, starts, query_lens, accepted=None):
         accept_lens=torch.tensor(accepted),
         page_table=table,
         is_verify=True,
-        num_fold=max(accepted),
-        folds_all=len(set(accepted)) == 1,
+        row_ids=torch.tensor(rows),
     )
     positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)])
     return ForwardBatch(torch.zeros_like(positions), positions, tuple(query_lens), view)

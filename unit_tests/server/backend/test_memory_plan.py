@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from models.cache import HISTORY_LEN
 from models.config import parse_config
 from server.backend.memory_plan import MIB, MemoryPlan, Sizes, describe_memory, measure_sizes, plan_memory
-from server.config import MAX_BEHIND, EngineConfig
+from server.config import MAX_BEHIND, MAX_MTP_STEP, EngineConfig
 from server.errors import ConfigError
 from unit_tests.checkpoints import make_checkpoint, make_config
 from unit_tests.server.engines import make_engine
@@ -126,7 +127,7 @@ def test_the_table_lists_every_part_in_mib_and_the_cost_of_one_request(tmp_path:
         "KV, MTP layers": cache.kv.data[1:].nbytes,
         "GDN states": cache.gdn.state.nbytes,
         "GDN and conv rings": sum(ring.nbytes for ring in (*cache.gdn.ring, cache.gdn.conv_ring)),
-        "hidden states aside": runner.drafter._aside.nbytes,
+        "hidden states kept": runner.table.cache.history.hidden.nbytes + runner.table.cache.history.token_ids.nbytes,
         "GDN checkpoints": runner.mover.checkpoints.state.nbytes + runner.mover.checkpoints.conv_window.nbytes,
         "workspace": runner.plan.sizes.workspace,
         "free": runner.plan.free_bytes or 0,
@@ -334,10 +335,11 @@ def test_only_a_single_draft_layer_may_fall_behind_and_pays_for_it(
 ) -> None:
     config = EngineConfig(mtp_step=mtp_step, max_model_len=100)
     sizes = measure_sizes(config, MODEL, num_layers)
-    assert sizes.aside == max_behind * MODEL.hidden_size * 2  # bfloat16
+    assert sizes.history == (HISTORY_LEN * (MODEL.hidden_size * 2 + 8) if max_behind else 0)  # bfloat16, int64
+    assert max_behind + MAX_MTP_STEP + 1 <= HISTORY_LEN
     assert sizes.mtp_page == num_layers * sizes.main_page  # one full-attention layer
     assert plan_memory(config, MODEL, sizes).limits.max_behind == max_behind
-    assert sizes.row == sizes.state + sizes.rings + sizes.aside
+    assert sizes.row == sizes.state + sizes.rings + sizes.history
 
 
 def test_limits_tell_the_router_what_one_of_each_costs() -> None:

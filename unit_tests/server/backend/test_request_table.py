@@ -100,37 +100,23 @@ def test_a_row_that_begins_behind_a_reused_prefix_keeps_the_state_that_was_resto
     assert table.seq_len[2] == 3 and table.accept_len[2] == 0 and (table.cache.gdn.state[:, 2] == 7).all()
 
 
-@pytest.mark.parametrize(
-    ("token_ids", "accept_len", "start", "expected"),
-    [
-        ([1, 2, 3, 4], 4, 5, 4),
-        ([1, 8, 3, 8], 4, 5, 2),
-        ([8, 8, 3, 4], 3, 5, 1),
-        ([1, 2, 3, 8], 2, 5, 2),
-        ([1, 2, 3, 4], 4, 8, 3),  # twelve tokens at most: nine are known
-        ([1, 2, 3, 4], 4, 11, 1),
-        ([1, 2, 3, 4], 4, 14, 1),
-    ],
-)
-def test_a_step_is_cut_behind_a_stop_id_and_at_the_longest_length(
-    token_ids: list[int], accept_len: int, start: int, expected: int
-) -> None:
+def test_it_knows_what_ends_each_request() -> None:
+    """The stop ids, and the tokens that fit behind those that are known."""
     table = make_table()
-    admit(table, make_request(3, [1, 2], max_tokens=10, stop_token_ids=(8,)))
-    rows, tensors = torch.tensor([3]), (torch.tensor([start]), torch.tensor([token_ids]), torch.tensor([accept_len]))
-    assert table.cut(rows, *tensors).tolist() == [expected]
+    admit(table, make_request(3, [1, 2], max_tokens=10, stop_token_ids=(8, 4)))
+    admit(table, make_request(5, [1, 2, 3], max_tokens=4))
+    stop_ids, room = table.read_ends(torch.tensor([5, 3, 3]), torch.tensor([3, 5, 11]))
+    assert [sorted({*ids} - {-1}) for ids in stop_ids.tolist()] == [[], [4, 8], [4, 8]]
+    assert room.tolist() == [3, 6, 0]
 
 
-@pytest.mark.parametrize(
-    ("accepted", "num_fold", "folds_all"), [([2, 2], 2, True), ([0, 3], 3, False), ([0, 0], 0, True)]
-)
-def test_a_view_tells_how_far_the_states_stand_behind(accepted: list[int], num_fold: int, folds_all: bool) -> None:
+def test_a_view_tells_how_far_the_states_stand_behind() -> None:
     table = make_table()
-    table.accept_len[torch.tensor([4, 2])] = torch.tensor(accepted)
+    table.accept_len[torch.tensor([4, 2])] = torch.tensor([0, 3])
     table.seq_len[2] = 31
     view = table.view([4, 2], is_verify=True)
-    assert view.rows == (4, 2) and view.start_lens.tolist() == [9, 31] and view.accept_lens.tolist() == accepted
-    assert (view.num_fold, view.folds_all, view.is_verify) == (num_fold, folds_all, True)
+    assert view.rows == (4, 2) and view.row_ids.tolist() == [4, 2] and view.is_verify
+    assert view.start_lens.tolist() == [9, 31] and view.accept_lens.tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import draw
-from models.forward_batch import ForwardBatch
+from models.forward_batch import CacheView, ForwardBatch
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampler
 from server.request import Batch, Request
@@ -61,7 +61,17 @@ def verify_pass(requests: list[Request], drafts: list[list[int]]) -> tuple[Forwa
     starts = [request.num_known - 1 for request in requests]
     positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
     token_ids = torch.tensor([token for row in window for token in row])
-    forward = ForwardBatch(token_ids, torch.tensor(positions), tuple(counts))
+    rows = [request.row for request in requests]
+    view = CacheView(
+        cache=None,  # type: ignore[arg-type]
+        rows=tuple(rows),  # type: ignore[arg-type]
+        start_lens=torch.tensor(starts),
+        accept_lens=torch.zeros(len(rows), dtype=torch.int64),
+        page_table=torch.zeros(len(rows), 0, dtype=torch.int64),
+        is_verify=True,
+        row_ids=torch.tensor(rows),
+    )
+    forward = ForwardBatch(token_ids, torch.tensor(positions), tuple(counts), view)
     works = [verify_work(request, count) for request, count in zip(requests, counts, strict=True)]
     return forward, Batch(works, is_verify=True)
 
@@ -112,7 +122,7 @@ def test_a_mixed_verify_batch_draws_what_a_loop_over_requests_and_rows_draws(see
     assert sampled.token_ids.tolist() == expected
     assert torch.equal(sampled.logits, raw.flatten(0, 1)), "the raw logits stay raw"
     naive_lens = [1 + next((t for t in range(3) if row[t] != d[t]), 3) for row, d in zip(expected, drafts, strict=True)]
-    assert sampled.accept_lens.tolist() == naive_lens
+    assert sampled.match_lens.tolist() == naive_lens
 
 
 @pytest.mark.parametrize(
@@ -200,14 +210,14 @@ def test_a_draft_row_with_the_targets_logits_draws_the_targets_token() -> None:
     positions = forward.positions.view(4, 4) + 1
     target = sampler.sample(logits.flatten(0, 1), forward, batch).token_ids
     for row in range(4):
-        drafted = sampler.draw(logits[:, [row]], batch.works, positions[:, [row]])
-        assert torch.equal(drafted, target[:, [row]])
+        drafted = sampler.draw(logits[:, row], batch.works, positions[:, row])
+        assert torch.equal(drafted, target[:, row])
 
 
 def test_equal_logits_at_other_positions_or_with_another_seed_draw_other_tokens() -> None:
     requests = [make_request(row, [1], [2], temperature=1.0, seed=seed) for row, seed in ((1, 5), (2, 5), (3, 6))]
-    works, positions = [verify_work(request, 1) for request in requests], torch.arange(200).expand(3, -1)
-    tokens = make_sampler(requests).draw(torch.zeros(3, 200, VOCAB_SIZE), works, positions)
+    works, positions = [verify_work(request, 1) for request in requests], torch.arange(200).repeat(3)
+    tokens = make_sampler(requests).draw(torch.zeros(600, VOCAB_SIZE), works, positions, [200] * 3).view(3, 200)
     assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
     assert len(set(tokens[0].tolist())) == VOCAB_SIZE
 

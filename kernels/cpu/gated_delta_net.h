@@ -2,44 +2,45 @@
 // the delta rule, gated norm. The formulas and the contract are those of kernels/gated_delta_net.py, whose torch version
 // is the oracle. One task is one value head of one request, so a state is read once and written once per step.
 
+#pragma once
+
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-namespace {
+#include "elementwise.h"
 
-struct Sizes {
-    int64_t requests, tokens, key_heads, value_heads, key_dim, value_dim, taps, conv_ring_len, ring_len;
+namespace tandem {
+
+struct DeltaNetSizes {
+    int64_t key_heads, value_heads, key_dim, value_dim, taps, conv_ring_len, ring_len;
 };
 
+// One layer's cache: conv_ring [R, conv_ring_len, C], state [R, HV, DK, DV], and the delta ring. Ring lengths are powers
+// of two.
 template <typename F>
-struct Memory {
+struct DeltaNetMemory {
     F *conv_ring, *state, *ring_k, *ring_u, *ring_alpha;
-    const int64_t *rows, *start_lens, *accept_lens;
 };
 
 template <typename F>
-struct Weights {
+struct DeltaNetWeights {
     const F *conv, *a_log, *dt_bias, *norm;
     F eps;
 };
 
-template <typename F>
-F sigmoid(F x) {
-    return F(1) / (F(1) + std::exp(-x));
-}
-
-template <typename F>
-F softplus(F x) {
-    return x > F(20) ? x : std::log1p(std::exp(x));
-}
+// One request's share of a pass: its row of the cache, the position of its first token, what its state has not folded
+// yet, its first token's index in the pass, and how many there are.
+struct DeltaNetPlace {
+    int64_t row, start, accepted, first, tokens;
+};
 
 // Channels first..first+count of all tokens -> out [T, count]; the owner of the channels also records its inputs.
 template <typename F>
-void convolve(const Sizes& n, const F* inputs, int64_t stride, const F* weight, F* ring, int64_t start, int64_t first,
+void convolve(const DeltaNetSizes& n, int64_t tokens, const F* inputs, int64_t stride, const F* weight, F* ring, int64_t start, int64_t first,
               int64_t count, int64_t channels, bool is_owner, F* out) {
     const int64_t ring_mask = n.conv_ring_len - 1;
-    for (int64_t t = 0; t < n.tokens; ++t) {
+    for (int64_t t = 0; t < tokens; ++t) {
         F* row = out + t * count;
         for (int64_t c = 0; c < count; ++c) row[c] = 0;
         for (int64_t tap = 0; tap < n.taps; ++tap) {
@@ -52,7 +53,7 @@ void convolve(const Sizes& n, const F* inputs, int64_t stride, const F* weight, 
         for (int64_t c = 0; c < count; ++c) row[c] *= sigmoid(row[c]);
     }
     if (!is_owner) return;
-    for (int64_t t = 0; t < n.tokens; ++t) {
+    for (int64_t t = 0; t < tokens; ++t) {
         F* slot = ring + ((start + t) & ring_mask) * channels;
         for (int64_t c = 0; c < count; ++c) slot[first + c] = inputs[t * stride + first + c];
     }
@@ -84,12 +85,13 @@ void update_and_read(const F* source, F* target, int64_t dim, F decay, F k, cons
 }
 
 template <typename F>
-void verify_head(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const F* projected, int64_t request,
-                 int64_t head, std::vector<F>& scratch, F* out) {
-    const int64_t DK = n.key_dim, DV = n.value_dim, T = n.tokens, HV = n.value_heads;
+void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const DeltaNetMemory<F>& m, const F* projected,
+                 const DeltaNetPlace& place, int64_t head, F* out) {
+    thread_local std::vector<F> scratch;
+    const int64_t DK = n.key_dim, DV = n.value_dim, T = place.tokens, HV = n.value_heads;
     const int64_t group = HV / n.key_heads, key_head = head / group, key_size = n.key_heads * DK;
     const int64_t channels = 2 * key_size + HV * DV, stride = channels + HV * DV + 2 * HV;
-    const int64_t row = m.rows[request], start = m.start_lens[request], accepted = m.accept_lens[request];
+    const int64_t row = place.row, start = place.start, accepted = place.accepted;
     const bool owns_keys = head % group == 0;
     const int64_t ring_mask = n.ring_len - 1;
 
@@ -97,11 +99,11 @@ void verify_head(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const 
     F *q = scratch.data(), *k = q + T * DK, *v = k + T * DK, *u = v + T * DV;
     F *read_q = u + T * DV, *read_k = read_q + DV, *running = read_k + DV;
 
-    const F* inputs = projected + request * T * stride;
+    const F* inputs = projected + place.first * stride;
     F* conv_ring = m.conv_ring + row * n.conv_ring_len * channels;
-    convolve(n, inputs, stride, w.conv, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
-    convolve(n, inputs, stride, w.conv, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
-    convolve(n, inputs, stride, w.conv, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
+    convolve(n, T, inputs, stride, w.conv, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
+    convolve(n, T, inputs, stride, w.conv, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
+    convolve(n, T, inputs, stride, w.conv, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
     l2_normalise(q, T, DK, F(1) / std::sqrt(F(DK)));
     l2_normalise(k, T, DK, F(1));
 
@@ -159,32 +161,10 @@ void verify_head(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const 
         }
         const F factor = F(1) / std::sqrt(square / DV + w.eps);
         const F* z = inputs + t * stride + channels + head * DV;
-        F* y = out + ((request * T + t) * HV + head) * DV;
+        F* y = out + ((place.first + t) * HV + head) * DV;
 #pragma omp simd
         for (int64_t c = 0; c < DV; ++c) y[c] = w.norm[c] * read_q[c] * factor * (z[c] * sigmoid(z[c]));
     }
 }
 
-template <typename F>
-void verify(const Sizes& n, const Weights<F>& w, const Memory<F>& m, const F* projected, F* out, int num_threads) {
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-    {
-        std::vector<F> scratch;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < n.requests * n.value_heads; ++task)
-            verify_head(n, w, m, projected, task / n.value_heads, task % n.value_heads, scratch, out);
-    }
-}
-
-}  // namespace
-
-// All pointers as in kernels/gated_delta_net.py; ring lengths are powers of two.
-extern "C" void gated_delta_net_verify_float32(const Sizes* n, const Weights<float>* w, const Memory<float>* m,
-                                             const float* projected, float* out, int num_threads) {
-    verify(*n, *w, *m, projected, out, num_threads);
-}
-
-extern "C" void gated_delta_net_verify_float64(const Sizes* n, const Weights<double>* w, const Memory<double>* m,
-                                              const double* projected, double* out, int num_threads) {
-    verify(*n, *w, *m, projected, out, num_threads);
-}
+}  // namespace tandem

@@ -1,0 +1,208 @@
+"""Embedding, decoder layers over the cache and final norm, for the few rows of a decode step, in one call of C++.
+
+The law is the same layers one after the other in models/qwen3_5, models/qwen3_5_moe and models/qwen3_5_mtp; the
+formulas stand in kernels/. What this adds is speed: Python's part of a step shrinks to one call, during which the
+host's thread has Python to itself, and requests may have any numbers of rows. A row's result does not depend on the
+other rows, bit for bit. Activations are kept in float32 (float64 for float64 weights) and rounded to bfloat16 only
+where a processor multiplies bfloat16, so bfloat16 results differ from the law's in their last bits.
+
+N rows of B requests, H hidden size, R rows of the cache.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import load_library
+from kernels.gated_delta_rule import DeltaRing
+
+MAX_HEAD_DIM = 1024  # of an attention head
+# Multiplications per layer below which a second thread costs more than it does.
+_PARALLEL_PRODUCTS = 2**20
+_FUNCTIONS = {torch.bfloat16: "decoder_bfloat16", torch.float32: "decoder_float32", torch.float64: "decoder_float64"}
+_WEIGHT_NAMES = (
+    *("input_norm", "post_norm", "q_norm", "k_norm", "conv", "a_log", "dt_bias", "delta_norm"),
+    *("in_proj", "out_proj", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate"),
+)
+
+
+class DecoderSizes(ctypes.Structure):
+    """Sizes of the layers, in the words of ModelConfig; 0 for what no layer has."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("hidden", "heads", "kv_heads", "head_dim", "rotary_dim")
+        + ("key_heads", "value_heads", "key_dim", "value_dim", "taps")
+        + ("intermediate", "experts", "experts_per_token", "expert_size", "shared_size")
+    ]
+
+
+class DecoderMemory(NamedTuple):
+    """The whole cache, updated in place: kv [L, 2, pages, page_size, HKV, D] in the weights' dtype; conv_ring [L_delta,
+    R, ring_len, C], state [L_delta, R, HV, DK, DV] and the delta ring with a leading L_delta. With `history` (hidden
+    [R, length, H] in the weights' dtype, token ids [R, length] int64) the pass's rows are recorded there, by
+    position."""
+
+    kv: Tensor
+    conv_ring: Tensor
+    state: Tensor
+    ring: DeltaRing
+    history: tuple[Tensor, Tensor] | None = None
+
+
+class DecoderPlace(NamedTuple):
+    """Where the pass stands, all int64: offsets [B + 1] of the requests' rows in the pass; row_ids, start_lens,
+    accept_lens [B] and page_table [B, P] as in the cache; positions [N]. Layers with a delta net want positions that
+    count up from start_lens."""
+
+    offsets: Tensor
+    row_ids: Tensor
+    start_lens: Tensor
+    accept_lens: Tensor
+    positions: Tensor
+    page_table: Tensor
+
+
+class DraftChain(NamedTuple):
+    """What a chain of guesses starts from: the flat index last [B] of each request's newest row. alive[d] requests,
+    which come first, want more than d guesses. `head` [V, H] makes the logits; a guess is the largest one, or where
+    temperatures [B] is not 0 a draw from softmax(logits / temperature) with the random numbers of (seeds [B], the
+    guess's own position): see kernels/sampling.py."""
+
+    last: Tensor
+    alive: Sequence[int]
+    head: Tensor
+    temperatures: Tensor
+    seeds: Tensor
+
+
+class _Front(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("embedding", "fc", "embedding_norm", "hidden_norm")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in _WEIGHT_NAMES), ("cache_layer", ctypes.c_int64)]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("token_ids", *DecoderPlace._fields)),
+        *((name, ctypes.c_int64) for name in ("requests", "rows", "table_width")),
+    ]
+
+
+class _Chain(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("temperatures", "seeds", "last", "alive", "head")),
+        *(("vocab", ctypes.c_int64), ("depth", ctypes.c_int64), ("drafts", ctypes.c_void_p)),
+    ]
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kv", "conv_ring", "state", "ring_k", "ring_u", "ring_alpha")),
+        *((name, ctypes.c_void_p) for name in ("history", "history_ids")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "pages", "page_size")),
+        *((name, ctypes.c_int64) for name in ("conv_ring_len", "ring_len", "history_len")),
+    ]
+
+
+class Decoder:
+    """Layers whose weights stay where they are: updated in place they are seen, moved elsewhere not.
+
+    front: the `embedding` [V, H], and for a draft head `fc` [H, 2H] with `embedding_norm` and `hidden_norm`.
+    layers: (weights by the names in _WEIGHT_NAMES, index in the KV or GDN part of the cache). A layer with a q_norm is
+    attention, one with a router is sparse. Norm scales are 1 + w. final_norm [H]; frequencies [rotary_dim / 2] of the
+    rotary embedding. Matrices are of one dtype, everything else float32 or wider. `num_products`: multiplications per
+    row and layer.
+    """
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        front: Mapping[str, Tensor],
+        layers: Sequence[tuple[Mapping[str, Tensor], int]],
+        final_norm: Tensor,
+        frequencies: Tensor,
+        eps: float,
+    ):
+        assert sizes.head_dim <= MAX_HEAD_DIM and sizes.rotary_dim <= sizes.head_dim
+        self._sizes, self._final_norm, self._frequencies, self._eps = sizes, final_norm, frequencies, eps
+        self._weights = [front, *(weights for weights, _ in layers)]  # keeps them alive
+        assert all(tensor.is_contiguous() for weights in self._weights for tensor in weights.values())
+        assert all(set(weights) <= set(_WEIGHT_NAMES) for weights, _ in layers)
+        self._front = _Front(**_pointers(front))
+        self._layers = (_Layer * len(layers))(
+            *(_Layer(**_pointers(weights), cache_layer=index) for weights, index in layers)
+        )
+        matrices = [tensor for weights, _ in layers for tensor in weights.values() if tensor.dim() > 1]
+        self.num_products = sum(tensor.numel() for tensor in matrices) // len(layers)
+        self._dtype = front["embedding"].dtype
+
+    def run(
+        self, token_ids: Tensor, memory: DecoderMemory, place: DecoderPlace, hidden: Tensor | None = None
+    ) -> Tensor:
+        """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the final norm, in the matrices'
+        dtype. The library must be there."""
+        return self._call(token_ids, memory, place, hidden, None)
+
+    def propose(
+        self, token_ids: Tensor, memory: DecoderMemory, place: DecoderPlace, hidden: Tensor, chain: DraftChain
+    ) -> Tensor:
+        """`run` for a draft head with one layer, then guesses [B, D] int64; what is not wanted means nothing.
+
+        Guess d + 1 comes of the head's own output at guess d, one position later.
+        """
+        drafts = torch.zeros(len(chain.last), len(chain.alive), dtype=torch.int64)
+        inputs = [chain.temperatures.to(self._final_norm.dtype), chain.seeds, chain.last, torch.tensor(chain.alive)]
+        inputs = [tensor.contiguous() for tensor in inputs]
+        addresses = [tensor.data_ptr() for tensor in (*inputs, chain.head)]
+        self._call(
+            token_ids, memory, place, hidden, _Chain(*addresses, len(chain.head), drafts.shape[1], drafts.data_ptr())
+        )
+        return drafts
+
+    def _call(
+        self,
+        token_ids: Tensor,
+        memory: DecoderMemory,
+        place: DecoderPlace,
+        hidden: Tensor | None,
+        chain: _Chain | None,
+    ) -> Tensor:
+        places = [tensor.contiguous() for tensor in (token_ids, *place)]
+        batch = _Batch(
+            *(tensor.data_ptr() for tensor in places),
+            *(len(place.row_ids), len(token_ids), place.page_table.shape[1]),
+        )
+        tensors = (memory.kv, memory.conv_ring, memory.state, *memory.ring)
+        cache = _Memory(
+            *(tensor.data_ptr() for tensor in tensors),
+            *([None, None] if memory.history is None else [tensor.data_ptr() for tensor in memory.history]),
+            *(memory.state.shape[1], memory.kv.shape[2], memory.kv.shape[3], memory.conv_ring.shape[2]),
+            *(memory.ring.k.shape[2], 0 if memory.history is None else memory.history[1].shape[1]),
+        )
+        out = torch.empty(len(token_ids), self._sizes.hidden, dtype=self._final_norm.dtype)
+        hidden = out if hidden is None else hidden.to(out.dtype).contiguous()
+        getattr(load_library(), _FUNCTIONS[self._dtype])(
+            *(ctypes.addressof(self._sizes), ctypes.addressof(self._front)),
+            *(ctypes.addressof(self._layers), len(self._layers)),
+            *(self._final_norm.data_ptr(), self._frequencies.data_ptr(), self._eps),
+            *(ctypes.addressof(batch), ctypes.addressof(cache), hidden.data_ptr(), out.data_ptr()),
+            None if chain is None else ctypes.addressof(chain),
+            torch.get_num_threads() if len(token_ids) * self.num_products >= _PARALLEL_PRODUCTS else 1,
+        )
+        return out.to(self._dtype)
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether a model with such weights may take this way: on a CPU, without gradients, with a library."""
+    is_candidate = weight.device.type == "cpu" and weight.dtype in _FUNCTIONS and not torch.is_grad_enabled()
+    return is_candidate and load_library() is not None
+
+
+def _pointers(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in weights.items()}

@@ -1,0 +1,96 @@
+"""A model from its embedding to its final norm for the few rows of a decode step on a CPU, as one call of C++."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from kernels.cpu.decoder import Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
+from kernels.rotary import rotary_frequencies
+from models.config import ModelConfig
+from models.forward_batch import ForwardBatch
+from models.layers.norm import RMSNorm
+
+_MAX_ROWS_PER_REQUEST = 16
+# Multiplications per layer up to which known rows are faster this way than through torch's matrix products.
+_MAX_PREFILL_PRODUCTS = 2**30
+
+
+KernelFront = Callable[[], dict[str, Tensor]]
+
+
+class KernelLayer(Protocol):
+    """A layer that tells its weights, by the names of kernels/cpu/decoder.py, and its index in the cache."""
+
+    mixer: nn.Module
+
+    def kernel_weights(self) -> tuple[dict[str, Tensor], int]: ...
+
+
+class CpuDecoder:
+    """Stands beside the torch code of a module that owns these layers and norm, and does the same."""
+
+    def __init__(self, config: ModelConfig, front: KernelFront, layers: Sequence[KernelLayer], norm: RMSNorm):
+        self._config, self._front, self._layers, self._norm = config, front, layers, norm
+        self._has_states = any(not hasattr(layer.mixer, "q_norm") for layer in layers)
+        self._decoder: Decoder | None = None
+        self._address = 0
+
+    def serves(self, forward: ForwardBatch) -> bool:
+        """Whether the pass may take this way: the guessed rows of a decode step, and where layers have no state also
+        known ones, if they are few."""
+        view = forward.view
+        if view is None or not serves(self._norm.scale):
+            return False
+        if view.is_verify:
+            return max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
+        num_rows = sum(forward.query_lens)
+        return not self._has_states and num_rows * self._packed().num_products <= _MAX_PREFILL_PRODUCTS
+
+    def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
+        """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""
+        memory = _memory(forward, records=hidden is None)
+        return self._packed().run(token_ids, memory, forward.decoder_place, hidden)
+
+    def propose(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor, chain: DraftChain) -> Tensor:
+        """Guesses [B, D] of a draft head with one layer: see Decoder.propose."""
+        return self._packed().propose(token_ids, _memory(forward), forward.decoder_place, hidden, chain)
+
+    def _packed(self) -> Decoder:
+        """Made at the first pass, and again when the module has moved to other memory."""
+        scale = self._norm.scale
+        if self._decoder is None or self._address != scale.data_ptr():
+            config = self._config
+            layers = [layer.kernel_weights() for layer in self._layers]
+            frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta, scale.dtype, scale.device)
+            self._decoder = Decoder(_sizes(config), self._front(), layers, scale, frequencies, config.rms_norm_eps)
+            self._address = scale.data_ptr()
+        return self._decoder
+
+
+def _memory(forward: ForwardBatch, records: bool = False) -> DecoderMemory:
+    """The cache; a target also records its rows for its draft head."""
+    assert forward.view is not None
+    cache = forward.view.cache
+    history = (cache.history.hidden, cache.history.token_ids) if records and cache.history else None
+    return DecoderMemory(cache.kv.data, cache.gdn.conv_ring, cache.gdn.state, cache.gdn.ring, history)
+
+
+def _sizes(config: ModelConfig) -> DecoderSizes:
+    return DecoderSizes(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        key_heads=config.delta_key_heads,
+        value_heads=config.delta_value_heads,
+        key_dim=config.delta_key_dim,
+        value_dim=config.delta_value_dim,
+        taps=config.conv_width,
+        intermediate=config.intermediate_size,
+        experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        expert_size=config.expert_size,
+        shared_size=config.shared_expert_size,
+    )

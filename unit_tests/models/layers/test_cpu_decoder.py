@@ -1,0 +1,222 @@
+"""The C++ decoder against the torch loop it stands beside, through histories of ragged verify steps."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import load_library
+from kernels.sampling import draw
+from models.cache import History
+from models.layers import cpu_decoder
+from models.qwen3_5.model import Qwen35
+from models.qwen3_5_mtp.model import Qwen35MTP
+from unit_tests.checkpoints import make_checkpoint
+from unit_tests.models.cached_run import CachedRun
+from unit_tests.models.loading import load_ours
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="this machine has no C++ compiler")
+
+ROWS = (3, 1, 4)
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.5}
+Models = tuple[Qwen35, Qwen35MTP]
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    return make_checkpoint(path, moe=request.param == "moe", num_layers=4, dtype="float64")
+
+
+def load(directory: Path, dtype: torch.dtype) -> Models:
+    target, draft = load_ours(directory, dtype, mtp=True)
+    assert draft is not None
+    return target, draft
+
+
+@contextmanager
+def law() -> Iterator[None]:
+    """Everything by the torch code."""
+    original = cpu_decoder.serves
+    cpu_decoder.serves = lambda weight: False
+    try:
+        yield
+    finally:
+        cpu_decoder.serves = original
+
+
+def run_history(models: Models, widest: int) -> tuple[CachedRun, list[Tensor]]:
+    """Prompts, then verify steps of random widths and accept lengths; the draft head runs over the same rows."""
+    rng, rows, outputs = random.Random(0), ROWS, []
+    run = CachedRun(*models, max_len=80, mtp_step=widest - 1)
+    run.prefill(rows, [[rng.randrange(256) for _ in range(5 + row)] for row in rows])
+    for _ in range(6):
+        widths = [rng.randint(1, widest) for _ in rows]
+        forward, hidden = run.verify(rows, [[rng.randrange(256) for _ in range(width)] for width in widths])
+        outputs += [hidden, models[1](torch.roll(forward.token_ids, -1), hidden, forward)]
+        run.accept(rows, [rng.randint(1, width) for width in widths])
+    return run, outputs
+
+
+def memory_of(run: CachedRun) -> list[Tensor]:
+    gdn = run.cache.gdn
+    return [run.cache.kv.data, gdn.state, gdn.conv_ring, *gdn.ring]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("widest", [1, 2, 4, 9])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_a_history_of_ragged_steps_equals_the_law(directory: Path, dtype: torch.dtype, widest: int) -> None:
+    models, tolerance = load(directory, dtype), TOLERANCES[dtype]
+    run, outputs = run_history(models, widest)
+    with law():
+        law_run, expected = run_history(models, widest)
+    for mine, theirs in zip(outputs, expected, strict=True):
+        assert mine.dtype == dtype and mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(memory_of(run), memory_of(law_run), strict=True):  # the padding is NaN, and stays
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@torch.inference_mode()
+def test_the_law_really_is_another_way(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = load(directory, torch.float64)
+    calls: list[int] = []
+    run = cpu_decoder.Decoder.run
+    monkeypatch.setattr(cpu_decoder.Decoder, "run", lambda *args: calls.append(1) or run(*args))
+    run_history(models, 3)
+    assert len(calls) == 12, "six steps of the target and of its draft"
+    with law():
+        run_history(models, 3)
+    assert len(calls) == 12
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gives_the_same_bits_in_any_company_and_with_any_threads(
+    directory: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = load(directory, dtype)
+    monkeypatch.setattr("kernels.cpu.decoder._PARALLEL_PRODUCTS", 0)
+    tokens = {row: [random.Random(row).randrange(256) for _ in range(3)] for row in ROWS}
+
+    def step(rows: tuple[int, ...], num_threads: int) -> dict[int, Tensor]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+        run = CachedRun(*models, max_len=80)
+        for row in ROWS:
+            run.prefill([row], [list(range(row, row + 9))])
+        _, hidden = run.verify(rows, [tokens[row] for row in rows])
+        return dict(zip(rows, hidden.view(len(rows), 3, -1), strict=True))
+
+    together = step(ROWS, 3)
+    for row in ROWS:
+        assert torch.equal(step((row,), 1)[row], together[row])
+
+
+@torch.inference_mode()
+def test_tokens_and_lengths_may_come_as_columns_of_larger_tables(directory: Path) -> None:
+    target, _ = load(directory, torch.float64)
+    run, other = (CachedRun(target, max_len=80) for _ in "ab")
+    for one in (run, other):
+        one.prefill(ROWS, [[1, 2, 3]] * 3)
+    forward = run.batch(ROWS, [[7], [8], [9]], is_verify=True)
+    expected = target(other.batch(ROWS, [[7], [8], [9]], is_verify=True))
+    table = torch.stack([forward.token_ids, torch.full((3,), 5)], dim=1)
+    object.__setattr__(forward, "token_ids", table[:, 0])
+    assert not forward.token_ids.is_contiguous() and torch.equal(target(forward), expected)
+
+
+@torch.inference_mode()
+def test_weights_updated_in_place_are_seen_and_moved_ones_too(directory: Path) -> None:
+    target, _ = load(directory, torch.float32)
+
+    def step() -> Tensor:
+        run = CachedRun(target, max_len=80)
+        return run.verify([2], [[3, 1, 4]])[1]
+
+    before = step()
+    target.layers[0].mixer.in_proj.weight.mul_(1.5)
+    changed = step()
+    assert not torch.equal(before, changed)
+    target.double()
+    torch.testing.assert_close(step().float(), changed, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_a_verify_pass_records_its_rows_for_the_draft_head_either_way(directory: Path) -> None:
+    target, draft = load(directory, torch.float32)
+    kept: list[History] = []
+    for _ in range(2):
+        run = CachedRun(target, draft, max_len=80)
+        history = History.allocate(target.config, 5, torch.float32, "cpu")
+        object.__setattr__(run.cache, "history", history)
+        run.prefill(ROWS, [[1] * 30, [2] * 31, [3] * 4])
+        _, hidden = run.verify(ROWS, [[5, 6, 7], [8], [9, 10]])
+        row, position = 3, 31  # row 3 began at 30: slots 30, 31 and, once round, 0
+        assert history.token_ids[row, [30, 31, 0]].tolist() == [5, 6, 7] and history.token_ids[1, 31] == 8
+        assert torch.equal(history.hidden[row, position], hidden[1])
+        kept.append(history)
+        run.accept(ROWS, [1, 1, 1])
+        if len(kept) == 1:
+            original, cpu_decoder.serves = cpu_decoder.serves, lambda weight: False
+    cpu_decoder.serves = original
+    torch.testing.assert_close(kept[0].hidden, kept[1].hidden, rtol=1e-4, atol=1e-4)
+    assert torch.equal(kept[0].token_ids, kept[1].token_ids)
+
+
+@torch.inference_mode()
+def test_known_rows_of_a_draft_head_take_the_same_way_and_those_of_a_target_not(directory: Path) -> None:
+    target, draft = load(directory, torch.float64)
+    run = CachedRun(target, draft, max_len=80)
+    forward, hidden = run.prefill([1, 2], [[1, 2, 3, 4], [5] * 40])
+    assert draft._cpu_decoders[0].serves(forward) and not target._cpu_decoder.serves(forward)
+    out = draft(forward.token_ids, hidden, forward)
+    with law():
+        torch.testing.assert_close(draft(forward.token_ids, hidden, forward), out)
+
+
+def test_gradients_and_sequences_without_a_cache_take_the_torch_way(directory: Path) -> None:
+    target, _ = load(directory, torch.float32)
+    run = CachedRun(target, max_len=80)
+    forward = run.batch([1], [[1, 2]], is_verify=True)
+    with torch.enable_grad():
+        assert not target._cpu_decoder.serves(forward)
+    with torch.inference_mode():
+        assert target._cpu_decoder.serves(forward)
+        assert not target._cpu_decoder.serves(run.batch([1], [[1] * 17], is_verify=True)), "more rows than drafts make"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_chain_of_guesses_in_one_call_equals_its_steps(directory: Path, temperature: float) -> None:
+    """Requests come with most guesses first; each is drawn as kernels/sampling.py draws it."""
+    target, draft = load(directory, torch.float64)
+    seeds, temperatures = torch.tensor([5, -6, 7]), torch.tensor([temperature, 0.0, temperature])
+    results = []
+    for at_once in (True, False):
+        run = CachedRun(target, draft, max_len=80)
+        run.prefill(ROWS, [[1] * 6, [2] * 9, [3] * 4])
+        forward, hidden = run.verify(ROWS, [[5, 6, 7], [8], [9, 10]])
+        last, next_ids = torch.tensor([1, 3, 5]), torch.roll(forward.token_ids, -1)
+        assert draft.can_propose(forward)
+        if at_once:
+            results.append(draft.propose(next_ids, hidden, forward, last, [3, 2, 1], temperatures, seeds))
+            continue
+        drafts, positions = torch.zeros(3, 3, dtype=torch.int64), forward.positions[last]
+        state = draft(next_ids, hidden, forward)[last]
+        for step, alive in enumerate((3, 2, 1)):
+            state, none = state[:alive], torch.zeros(alive)
+            filters = {"top_k": none.long(), "top_p": none + 1, "min_p": none}
+            where = {"seeds": seeds[:alive], "positions": positions[:alive] + 2 + step}
+            newest = draw(target.compute_logits(state), temperature=temperatures[:alive], **filters, **where)
+            drafts[:alive, step] = newest
+            ahead = forward.next_tokens(newest, positions[:alive] + 1 + step)
+            state = draft(newest, state, ahead)
+        results.append(drafts)
+    wanted = [(request, step) for request, step in itertools.product(range(3), range(3)) if step < 3 - request]
+    assert all(results[0][place] == results[1][place] for place in wanted)
