@@ -6,6 +6,7 @@ from what was accepted (`Acceptance`). Knows counts and seconds, never tokens.
 """
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from server.router.cost_table import CostTable
 PROBE_INTERVAL = 32
 # After a probe that went well, or where drafts have just stopped to pay: noise should not cost long.
 MIN_PROBE_INTERVAL = 4
+# Nobody knows a new request: what it is like is worth knowing early.
+FIRST_PROBE_INTERVAL = 8
 MAX_PROBE_INTERVAL = 4 * PROBE_INTERVAL
 # What the average over the server's requests starts from, and how fast it moves.
 FIRST_ACCEPTANCE = 0.7
@@ -24,16 +27,20 @@ _PRIOR_OBSERVATIONS = 4
 _WEIGHT = 0.02
 _DRIFT_WEIGHT = 0.1
 _PROBE_WEIGHT = 0.3
-# Tokens per second that all probes together may cost, as a share, and how much of it may be saved up for one of them.
+# Tokens per second that all probes together may cost, as a share, and how much of it, in steps, may be saved up.
 _PROBE_SHARE = 0.005
 _MAX_PROBE_BUDGET = 0.1
 _GAIN_WEIGHT = 0.02
-# A plain step shows the machine's load; one with drafts shows the load or an error of the cost table.
-_PLAIN_LOAD_WEIGHT = 0.1
-_LOAD_WEIGHT = 0.01
-_MAX_LOAD_JUMP = 4.0
-# How far, and how fast, steps may correct what drafts cost.
-_DRAFTING_FACTORS, _DRAFTING_WEIGHT = (0.5, 6.0), 0.05
+# How fast what steps really cost, over what the table says, is learned: from plain steps; as a whole from steps with
+# drafts, which may also be dearer than the table says; and what drafts add, within bounds relative to plain steps.
+_PLAIN_WEIGHT, _BLAME_WEIGHT, _MAX_JUMP = 0.1, 0.003, 4.0
+_DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.5, 6.0)
+# Plans without drafts that repeat the one before them without a look.
+_MAX_REPEATED = 3
+# Plans whose choice is remembered.
+_MAX_ANSWERS = 4096
+
+_Survivals = tuple[tuple[float, ...], ...]
 
 
 class Acceptance:
@@ -42,12 +49,12 @@ class Acceptance:
     Exponential averages: they start from `prior`, which counts as much as a few observations, so that a request's own
     first steps move them most. Afterwards they move slowly, or a draft that pays would be given up for noise; but when
     they err to the same side for long, the text has changed and they move fast (as in Trigg and Leach, 1967).
-    `survivals[j]` is the probability that the first j + 1 drafts are all accepted.
+    `survivals[j]` is the probability that the first j + 1 drafts are all accepted, rounded to whole percents.
     """
 
     def __init__(self, prior: Sequence[float]):
         self.estimates = list(prior)
-        self.survivals: list[float] = []
+        self.survivals: tuple[float, ...] = ()
         self._counts = [0] * len(prior)
         self._drifts = [0.0] * len(prior)
         self._multiply()
@@ -70,11 +77,8 @@ class Acceptance:
         self._multiply()
 
     def _multiply(self) -> None:
-        self.survivals.clear()
-        survival = 1.0
-        for estimate in self.estimates:
-            survival *= estimate
-            self.survivals.append(survival)
+        products = itertools.accumulate(self.estimates, operator.mul)
+        self.survivals = tuple(round(survival, 2) for survival in products)
 
 
 def _evidence(num_proposed: int, num_accepted: int) -> Iterable[tuple[int, bool]]:
@@ -87,34 +91,35 @@ class SpeculationState:
     """What the planner remembers of one request. The scheduler keeps it and sets `max_draft` before every plan.
 
     `depth` is what paid at the last plan; `num_waiting` plans ago one draft more was last tried, and after
-    `probe_interval` it is tried again. `probe_depth` is the draft that was tried and not heard of yet, 0: none.
+    `probe_interval` it is tried again. `probed` is the draft that was tried and not heard of yet, 0: none.
     """
 
     max_draft: int = 0
     acceptance: Acceptance | None = None
     depth: int = 0
-    probe_depth: int = 0
+    probed: int = 0
     num_waiting: int = 0
-    probe_interval: int = PROBE_INTERVAL
+    probe_interval: int = FIRST_PROBE_INTERVAL
 
-    def settle(self, depth: int) -> None:
-        """Note what pays at this plan. What has just stopped to pay is looked at again soon."""
+    def settle(self, depth: int, num_plans: int = 1) -> None:
+        """Note what pays at this plan, which counts for so many. What has just stopped to pay is looked at again
+        soon."""
         if depth < self.depth:
             self.num_waiting, self.probe_interval = 0, MIN_PROBE_INTERVAL
-        self.num_waiting += 1
+        self.num_waiting += num_plans
         self.depth = depth
 
     def begin_probe(self) -> int:
         """The depth of a step that tries one draft more than pays."""
-        self.num_waiting, self.probe_depth = 0, self.depth + 1
-        return self.probe_depth
+        self.num_waiting, self.probed = 0, self.depth + 1
+        return self.probed
 
     def end_probe(self, num_proposed: int, num_accepted: int) -> int:
         """The draft that this result is a probe of (0: none). One that was accepted is tried again soon, else later."""
-        probed = self.probe_depth
+        probed = self.probed
         if not 0 < probed <= num_proposed:
             return 0
-        self.probe_depth = 0
+        self.probed = 0
         if num_accepted >= probed:
             self.probe_interval = MIN_PROBE_INTERVAL
         elif num_accepted == probed - 1:
@@ -148,7 +153,7 @@ class _Costs:
     _draft: list[float] = field(default_factory=lambda: [0.0])
     _extend: dict[tuple[int, int], float] = field(default_factory=dict)
     _ragged: dict[int, float] = field(default_factory=dict)
-    # Seconds that drafts add to a step, over what the table says: corrected by the steps themselves.
+    # What drafts add to a step costs so many times what the table says, relative to what plain steps do.
     drafting_factor: float = 1.0
 
     def verify(self, batch: int) -> list[float]:
@@ -216,21 +221,25 @@ class Planner:
     Probes: what is never proposed is never judged, so now and then a request gets one draft more than pays. This
     happens only where it would pay if it were accepted every time, and rather for several requests in one step: the
     draft head and a wider verify cost much for the first of them and little for the others. Who has waited half its
-    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE.
+    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE: what the table says, and
+    where only probes draft, what their steps really took.
 
-    `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `load_factor`.
+    `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `plain_factor`.
     """
 
     def __init__(self, mtp_step: int, costs: CostTable | None, is_adaptive: bool):
         self.mtp_step, self.is_adaptive = mtp_step, is_adaptive
         self.requests_per_depth = [0] * (mtp_step + 1)
         self.server_acceptance = [FIRST_ACCEPTANCE] * mtp_step
-        self.load_factor = 1.0
-        self._plain_load = 1.0
+        self.plain_factor = 1.0  # what plain steps really cost, over what the table says
+        self._added = self._excess = 0.0  # seconds that drafts add to a step: by the table, and on a machine like it
         self._probe_budget = 0.0
+        self._is_plain = True  # the last plan wanted no drafts but those of probes
         self._costs = None if costs is None else _Costs(costs, mtp_step)
         self._predicted, self._measured = _Gain(), _Gain()
-        self._step_seconds: dict[int, float] = {}  # predicted, average of the plans for a batch of that size
+        self._answers: dict[object, list[int]] = {}
+        self._idle_requests: list[SpeculationState] = []  # of the last plan, if it gave no drafts
+        self._num_repeated = 0
 
     @property
     def predicted_gain(self) -> float:
@@ -241,28 +250,48 @@ class Planner:
     def measured_gain(self) -> float:
         """Tokens per second as they came, over plain decoding on the machine as it is now; 1.0 before the first step.
 
-        What a plain step costs now is its cost at start-up times `load_factor`, the average of measured over predicted
-        step time. Plain steps show the load at once. Where every step has drafts nobody can tell a slower machine from
-        drafts that cost more than the table says: within some hundred steps the load takes the blame, so that the gain
-        tells of tokens rather than seconds then. A load factor far from what plain steps show is the sign of it.
+        What a plain step costs now is its cost at start-up times `plain_factor`. Plain steps show it at once. Where
+        every step has drafts nobody can tell a slower machine from drafts that cost more than the table says: within
+        some hundred steps both are taken to be slower alike, so that the gain tells of tokens rather than seconds then.
         """
         return self._measured.value
 
     def plan(self, requests: Sequence[SpeculationState]) -> list[int]:
         """Drafts of each request at its next step, 0..min(mtp_step, max_draft). All that decode together belong in one
         call: what a draft costs depends on the others."""
+        if self._may_repeat(requests):
+            return self._count([0] * len(requests))
         limits = [min(request.max_draft, self.mtp_step) for request in requests]
-        survivals = [self._acceptance(request).survivals for request in requests]
-        if self._costs is None or not self.is_adaptive or not any(limits):
-            depths = limits
-        else:
-            depths = _choose(self._costs, survivals, limits)
-            self._add_probes(self._costs, requests, survivals, limits, depths)
+        if self._costs is None or not requests:
+            return self._count(limits)
+        survivals = tuple(self._acceptance(request).survivals for request in requests)
+        if not self.is_adaptive or not any(limits):
+            return self._count(self._promise(self._costs, survivals, limits))
+        depths = self._choose(self._costs, survivals, tuple(limits)).copy()
+        self._add_probes(self._costs, requests, survivals, limits, depths)
+        self._idle_requests = [] if any(depths) else list(requests)
+        return self._count(self._promise(self._costs, survivals, depths))
+
+    def _may_repeat(self, requests: Sequence[SpeculationState]) -> bool:
+        """Where nobody drafts nothing is learned: most plans for the same requests are the last one again."""
+        if requests != self._idle_requests or not requests or self._num_repeated == _MAX_REPEATED:
+            return False
+        self._num_repeated += 1
+        return True
+
+    def _count(self, depths: list[int]) -> list[int]:
         for depth in depths:
             self.requests_per_depth[depth] += 1
-        if self._costs is not None and depths:
-            self._predict(self._costs, survivals, depths)
         return depths
+
+    def _choose(self, costs: _Costs, survivals: _Survivals, limits: tuple[int, ...]) -> list[int]:
+        """`_choose`, which is asked the same most of the time: survivals are rounded for this."""
+        question = (survivals, limits, costs.drafting_factor)
+        if question not in self._answers:
+            if len(self._answers) >= _MAX_ANSWERS:
+                self._answers.clear()
+            self._answers[question] = _choose(costs, survivals, limits)
+        return self._answers[question]
 
     def observe(self, request: SpeculationState, num_proposed: int, num_accepted: int) -> None:
         """Learn that of num_proposed drafts that were judged, the first num_accepted were right."""
@@ -272,41 +301,46 @@ class Planner:
 
     def record_step(
         self,
-        batch: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
         num_committed: int,
         seconds: float,
-        widths: Sequence[int] = (),
-        depths: Sequence[int] = (),
+        is_typical: bool = True,
     ) -> None:
-        """Learn that a decode step of `batch` requests took so long on the device and gave num_committed tokens.
-
-        With the `widths` it verified and the `depths` it proposed, also what drafts really cost.
-        """
+        """Learn that a decode step that verified `widths` and proposed `depths` of each request took so long on the
+        device and gave num_committed tokens. A step that is not typical, because the draft head caught up, counts where
+        drafts come and go, but not when it was a probe."""
+        batch = len(widths)
         if self._costs is None or batch == 0 or seconds <= 0:
             return
         plain = self._costs.verify(batch)[0]
-        if widths:
-            self._correct(self._costs, plain, seconds, widths, depths)
-        predicted = self._step_seconds.get(batch, plain)
-        weight = _PLAIN_LOAD_WEIGHT if predicted < 1.02 * plain else _LOAD_WEIGHT
-        # A step in which something was compiled says nothing of the load.
-        load = min(seconds / predicted, _MAX_LOAD_JUMP * self.load_factor)
-        self.load_factor += weight * (load - self.load_factor)
-        self._measured.add(num_committed / batch * plain * self.load_factor, seconds)
+        has_drafts = any(depths) or any(width > 1 for width in widths)
+        if has_drafts and self._is_plain:
+            self._probe_budget -= max(0.0, seconds / (plain * self.plain_factor) - num_committed / batch)
+        if not has_drafts:
+            self.plain_factor += _PLAIN_WEIGHT * (self._bound(seconds / plain) - self.plain_factor)
+        elif is_typical or not self._is_plain:
+            self._learn_drafting(self._costs, plain, self._costs.added(widths, depths), seconds)
+        self._measured.add(num_committed / batch * plain * self.plain_factor, seconds)
 
-    def _correct(
-        self, costs: _Costs, plain: float, seconds: float, widths: Sequence[int], depths: Sequence[int]
-    ) -> None:
-        """Tell a slower machine, which plain steps show, from drafts that cost more than the table says."""
-        if max(widths) == 1 and not any(depths):
-            load = min(seconds / plain, _MAX_LOAD_JUMP * self._plain_load)
-            self._plain_load += _PLAIN_LOAD_WEIGHT * (load - self._plain_load)
-            return
-        added = costs.added(widths, depths)
-        if added > 0:
-            low, high = _DRAFTING_FACTORS
-            factor = min(max((seconds / self._plain_load - plain) / added, low), high)
-            costs.drafting_factor += _DRAFTING_WEIGHT * (factor - costs.drafting_factor)
+    def _learn_drafting(self, costs: _Costs, plain: float, added: float, seconds: float) -> None:
+        """A step that the table says takes plain + added seconds. What plain steps do not explain is due to drafts; but
+        slowly a slower machine is believed too, or it would never be noticed where every step has drafts."""
+        low, high = _DRAFTING_BOUNDS
+        excess = min(seconds / self.plain_factor - plain, high * added)
+        # Averages of both rather than of their ratio: where drafts add little, what is measured is mostly noise.
+        self._added = self._added or added
+        self._excess = self._excess or added
+        self._added += _DRAFTING_WEIGHT * (added - self._added)
+        self._excess += _DRAFTING_WEIGHT * (excess - self._excess)
+        if self._added > 0:
+            factor = min(max(self._excess / self._added, low), high)
+            costs.drafting_factor = round(factor, 2)
+        self.plain_factor += _BLAME_WEIGHT * (self._bound(seconds / (plain + added)) - self.plain_factor)
+
+    def _bound(self, factor: float) -> float:
+        """A step in which something was compiled says nothing of the machine."""
+        return min(factor, _MAX_JUMP * self.plain_factor)
 
     def _acceptance(self, request: SpeculationState) -> Acceptance:
         if request.acceptance is None:
@@ -322,9 +356,11 @@ class Planner:
         depths: list[int],
     ) -> None:
         """Deepen `depths` where a probe is due and could lead to something."""
+        num_plans, self._num_repeated = 1 + self._num_repeated, 0
         for request, depth in zip(requests, depths, strict=True):
-            request.settle(depth)
-        self._probe_budget = min(self._probe_budget + _PROBE_SHARE, _MAX_PROBE_BUDGET)
+            request.settle(depth, num_plans)
+        self._is_plain = not any(depths)
+        self._probe_budget = min(self._probe_budget + num_plans * _PROBE_SHARE, _MAX_PROBE_BUDGET)
         if self._probe_budget < 0:
             return
         rooms = [limit - depth for limit, depth in zip(limits, depths, strict=True)]
@@ -343,11 +379,14 @@ class Planner:
                 request.num_waiting = 0
         self._probe_budget -= 1 - costs.rate(survivals, depths) / before
 
-    def _predict(self, costs: _Costs, survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> None:
-        batch, seconds = len(depths), costs.step(depths)
-        self._predicted.add(_num_expected(survivals, depths) / batch * costs.verify(batch)[0], seconds)
-        average = self._step_seconds.get(batch, seconds)
-        self._step_seconds[batch] = average + _PLAIN_LOAD_WEIGHT * (seconds - average)
+    def _promise(self, costs: _Costs, survivals: _Survivals, depths: list[int]) -> list[int]:
+        """Note what a step with these depths should give and take; the depths again."""
+        batch, plain = len(depths), costs.verify(len(depths))[0]
+        seconds, num_tokens = plain, float(batch)
+        if any(depths):
+            seconds, num_tokens = costs.step(depths), _num_expected(survivals, depths)
+        self._predicted.add(num_tokens / batch * plain, seconds)
+        return depths
 
 
 def _num_expected(survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> float:

@@ -145,9 +145,9 @@ class Scheduler:
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
                 decode_seconds = outcome.seconds
-                widths, depths = zip(*((work.num_tokens, work.num_drafts) for work in batch.works), strict=True)
+                widths, depths = batch.widths_and_depths
                 num_committed = sum(outcome.accept_lens)
-                self.planner.record_step(len(widths), num_committed, outcome.seconds, widths, depths)
+                self.planner.record_step(widths, depths, num_committed, decode_seconds, not batch.catches_up)
             else:
                 prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
         if prefill_len and decode_seconds and not math.isinf(self.limits.stream_slowdown):
