@@ -156,7 +156,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--requests-per-row", type=int, default=2, help="requests per round, over the batch size")
     parser.add_argument("--temperature", type=float, default=1.5, help="of the unpredictable requests")
     parser.add_argument("--repetition-penalty", type=float, default=2.0, help="of the unpredictable requests")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds; contenders take turns, and turns in being first")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds, whose contenders take turns in being first")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(argv)
 

@@ -58,7 +58,10 @@ class CacheView:
     @cached_property
     def fold(self) -> Fold:
         """What the GDN layers must fold first."""
-        shortest, longest = (int(count) for count in self.accept_lens.aminmax())
+        if self.accept_lens.is_cuda:  # bounds, so that nobody waits for the device
+            shortest, longest = 0, self.cache.gdn.ring.k.shape[2] // 2
+        else:
+            shortest, longest = (int(count) for count in self.accept_lens.aminmax())
         age = torch.arange(longest, device=self.start_lens.device)
         folded = (self.start_lens - self.accept_lens)[:, None] + age
         return Fold(

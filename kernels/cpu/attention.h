@@ -11,6 +11,9 @@
 
 namespace tandem {
 
+// Numbers that a thread keeps for its next call.
+constexpr size_t MAX_KEPT = 1 << 20;
+
 // Sizes of the paged cache of one layer, [2, pages, page_size, kv_heads, dim], and of the queries.
 struct AttentionSizes {
     int64_t heads, kv_heads, dim, pages, page_size, table_width;
@@ -75,6 +78,7 @@ void attend_head(const AttentionSizes& n, const F* q, const C* kv, const int64_t
         add_value(page + j % n.page_size * token, scores + j, longest, lengths.data(), j, rows, D, sums);
     }
     for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * D, D, out + place(r));
+    if (scratch.size() > MAX_KEPT) std::vector<F>().swap(scratch);
 }
 
 }  // namespace tandem

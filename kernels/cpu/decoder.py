@@ -138,8 +138,7 @@ class Decoder:
         self._layers = (_Layer * len(layers))(
             *(_Layer(**_pointers(weights), cache_layer=index) for weights, index in layers)
         )
-        matrices = [tensor for weights, _ in layers for tensor in weights.values() if tensor.dim() > 1]
-        self.num_products = sum(tensor.numel() for tensor in matrices) // len(layers)
+        self.num_products = sum(_count_products(weights, sizes) for weights, _ in layers) // len(layers)
         self._dtype = front["embedding"].dtype
 
     def run(
@@ -202,6 +201,13 @@ def serves(weight: Tensor) -> bool:
     """Whether a model with such weights may take this way: on a CPU, without gradients, with a library."""
     is_candidate = weight.device.type == "cpu" and weight.dtype in _FUNCTIONS and not torch.is_grad_enabled()
     return is_candidate and load_library() is not None
+
+
+def _count_products(weights: Mapping[str, Tensor], sizes: DecoderSizes) -> int:
+    """Multiplications per row: of all experts' matrices only the chosen share."""
+    sparse = sum(weight.numel() for weight in weights.values() if weight.dim() == 3)
+    dense = sum(weight.numel() for weight in weights.values() if weight.dim() == 2)
+    return dense + sparse * sizes.experts_per_token // max(1, sizes.experts)
 
 
 def _pointers(weights: Mapping[str, Tensor]) -> dict[str, int]:

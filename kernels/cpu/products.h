@@ -1,7 +1,7 @@
-// Products of few rows with many, in 64-byte vectors, with weights of any served dtype widened as they are read.
+// Products of few rows with many, in 64-byte vectors, with weights of any served dtype widened as they are read; or, where
+// the processor multiplies bfloat16, with rows rounded to it.
 //
-// Each output is summed in one fixed order (16 or 8 lanes along K, then across them), whatever the number of rows and
-// threads. So a row's result does not depend on its company, bit for bit: a verify step computes what plain decoding does.
+// Each output is summed in one fixed order (lanes along K, then across them), whatever the number of rows and threads. So a row's result does not depend on its company, bit for bit: a verify step computes what plain decoding does.
 
 #pragma once
 

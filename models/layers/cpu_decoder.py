@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from kernels.cpu.decoder import Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
+from kernels.cpu.decoder import MAX_HEAD_DIM, Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
 from kernels.rotary import rotary_frequencies
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -13,7 +13,7 @@ from models.layers.norm import RMSNorm
 
 _MAX_ROWS_PER_REQUEST = 16
 # Multiplications per layer up to which known rows are faster this way than through torch's matrix products.
-_MAX_PREFILL_PRODUCTS = 2**30
+_MAX_PRODUCTS = 2**30
 
 
 KernelFront = Callable[[], dict[str, Tensor]]
@@ -34,18 +34,18 @@ class CpuDecoder:
         self._config, self._front, self._layers, self._norm = config, front, layers, norm
         self._has_states = any(not hasattr(layer.mixer, "q_norm") for layer in layers)
         self._decoder: Decoder | None = None
-        self._address = 0
+        self._addresses = (0, 0)
 
     def serves(self, forward: ForwardBatch) -> bool:
-        """Whether the pass may take this way: the guessed rows of a decode step, and where layers have no state also
-        known ones, if they are few."""
+        """Whether the pass may take this way: the rows of a decode step, and where layers have no state also the known
+        ones of a prompt or of a head that catches up, if they are few."""
         view = forward.view
-        if view is None or not serves(self._norm.scale):
+        if view is None or self._config.head_dim > MAX_HEAD_DIM or not serves(self._norm.scale):
             return False
-        if view.is_verify:
-            return max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
+        if view.is_verify and max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST:
+            return True
         num_rows = sum(forward.query_lens)
-        return not self._has_states and num_rows * self._packed().num_products <= _MAX_PREFILL_PRODUCTS
+        return not self._has_states and num_rows * self._packed().num_products <= _MAX_PRODUCTS
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""
@@ -58,13 +58,14 @@ class CpuDecoder:
 
     def _packed(self) -> Decoder:
         """Made at the first pass, and again when the module has moved to other memory."""
-        scale = self._norm.scale
-        if self._decoder is None or self._address != scale.data_ptr():
+        scale, front = self._norm.scale, self._front()
+        addresses = (scale.data_ptr(), front["embedding"].data_ptr())
+        if self._decoder is None or self._addresses != addresses:
             config = self._config
             layers = [layer.kernel_weights() for layer in self._layers]
             frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta, scale.dtype, scale.device)
-            self._decoder = Decoder(_sizes(config), self._front(), layers, scale, frequencies, config.rms_norm_eps)
-            self._address = scale.data_ptr()
+            self._decoder = Decoder(_sizes(config), front, layers, scale, frequencies, config.rms_norm_eps)
+            self._addresses = addresses
         return self._decoder
 
 

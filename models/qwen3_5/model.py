@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import linear
+from kernels.linear import MAX_ROWS, linear
 from kernels.rotary import rotary_angles
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -103,8 +103,10 @@ class Qwen35(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] after the final norm -> logits [..., V] in float32 or wider."""
-        logits = linear(hidden, self.lm_head.weight)
-        return logits.to(self.norm.scale.dtype)
+        is_decode = hidden.device.type == "cpu" and hidden.dim() == 2 and not torch.is_grad_enabled()
+        parts = hidden.split(MAX_ROWS) if is_decode else (hidden,)  # a row's bits do not depend on the others
+        logits = [linear(part, self.lm_head.weight).to(self.norm.scale.dtype) for part in parts]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def kernel_front(self) -> dict[str, Tensor]:
         """What stands before the layers, by the names of kernels/cpu/decoder.py."""

@@ -67,7 +67,7 @@ class Qwen35MTP(nn.Module):
         return self.norm(x)
 
     def can_propose(self, forward: ForwardBatch) -> bool:
-        """Whether `propose` may be called for the pass: one layer, on a CPU with a compiler."""
+        """Whether `propose` may be called for the pass: one layer, few rows, on a CPU with a compiler."""
         return len(self.layers) == 1 and self._cpu_decoders[0].serves(forward)
 
     def propose(

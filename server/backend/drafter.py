@@ -116,7 +116,7 @@ class Drafter:
     def _extend_windows(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> _Extension:
         device, works = forward.token_ids.device, batch.works
         active = [index for index, work in enumerate(works) if not work.is_idle]
-        # Equal lengths side by side, too: they are attended to at once.
+        # Equal lengths side by side, too: torch attends to them at once.
         active.sort(key=lambda index: (-works[index].num_drafts, works[index].num_behind + works[index].num_tokens))
         first = last_indices(forward) + 1 - torch.tensor(forward.query_lens, device=device)
         nothing = first.new_full((len(works), self.num_layers), -1)

@@ -21,8 +21,8 @@ _CHECKPOINTS_PER_ROW = (4, 1, 0)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one of each: a page of all main or all draft layers, a row's states and rings, the hidden states that
-    is kept for its draft head, a checkpoint; and of all weights and one pass's activations."""
+    """Bytes of one of each: a page of all main or all draft layers, a row's states and rings, the hidden states
+    kept for its draft head, a checkpoint; and of all weights and one pass's activations."""
 
     weights: int
     draft_weights: int

@@ -44,10 +44,6 @@ class Sampler:
     def __init__(self, table: RequestTable, eos_ids: tuple[int, ...]):
         self.table, self.eos_ids = table, eos_ids
 
-    def is_greedy(self, works: Sequence[Work]) -> bool:
-        """All of them take the largest of the model's own logits."""
-        return all(_is_plain_greedy(work.sampling) for work in works)
-
     def sample(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         """The tokens of one target pass; logits [N, V] of all verify rows, or [B, V] of each chunk's last token."""
         if batch.is_verify:
@@ -81,7 +77,7 @@ class Sampler:
         window [N] are the tokens that the rows were run on: of each work the newest committed one, then drafts, which
         penalties count.
         """
-        if self.is_greedy(works):
+        if all(_is_plain_greedy(work.sampling) for work in works):
             return logits.argmax(-1)
         spans = _spans(widths or [1] * len(works))
         rows = torch.tensor([work.row for work, span in zip(works, spans, strict=True) for _ in span])

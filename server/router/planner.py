@@ -221,7 +221,7 @@ class Planner:
     Probes: what is never proposed is never judged, so now and then a request gets one draft more than pays. This
     happens only where it would pay if it were accepted every time, and rather for several requests in one step: the
     draft head and a wider verify cost much for the first of them and little for the others. Who has waited half its
-    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE: what the table says, and
+    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE: what the table says, or
     where only probes draft, what their steps really took.
 
     `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `plain_factor`.
@@ -259,15 +259,15 @@ class Planner:
     def plan(self, requests: Sequence[SpeculationState]) -> list[int]:
         """Drafts of each request at its next step, 0..min(mtp_step, max_draft). All that decode together belong in one
         call: what a draft costs depends on the others."""
-        if self._may_repeat(requests):
-            return self._count([0] * len(requests))
+        if self._costs is not None and self._may_repeat(requests):
+            return self._count(self._promise(self._costs, (), [0] * len(requests)))
         limits = [min(request.max_draft, self.mtp_step) for request in requests]
         if self._costs is None or not requests:
             return self._count(limits)
         survivals = tuple(self._acceptance(request).survivals for request in requests)
         if not self.is_adaptive or not any(limits):
             return self._count(self._promise(self._costs, survivals, limits))
-        depths = self._choose(self._costs, survivals, tuple(limits)).copy()
+        depths = self._recall(self._costs, survivals, tuple(limits)).copy()
         self._add_probes(self._costs, requests, survivals, limits, depths)
         self._idle_requests = [] if any(depths) else list(requests)
         return self._count(self._promise(self._costs, survivals, depths))
@@ -284,8 +284,8 @@ class Planner:
             self.requests_per_depth[depth] += 1
         return depths
 
-    def _choose(self, costs: _Costs, survivals: _Survivals, limits: tuple[int, ...]) -> list[int]:
-        """`_choose`, which is asked the same most of the time: survivals are rounded for this."""
+    def _recall(self, costs: _Costs, survivals: _Survivals, limits: tuple[int, ...]) -> list[int]:
+        """The best depths, which are asked for the same most of the time: survivals are rounded for this."""
         question = (survivals, limits, costs.drafting_factor)
         if question not in self._answers:
             if len(self._answers) >= _MAX_ANSWERS:
@@ -316,7 +316,8 @@ class Planner:
         plain = self._costs.verify(batch)[0]
         has_drafts = any(depths) or any(width > 1 for width in widths)
         if has_drafts and self._is_plain:
-            self._probe_budget -= max(0.0, seconds / (plain * self.plain_factor) - num_committed / batch)
+            lost = self._bound(seconds / plain) / self.plain_factor - num_committed / batch
+            self._probe_budget -= max(0.0, lost)
         if not has_drafts:
             self.plain_factor += _PLAIN_WEIGHT * (self._bound(seconds / plain) - self.plain_factor)
         elif is_typical or not self._is_plain:
@@ -377,7 +378,8 @@ class Planner:
                 depths[index] = request.begin_probe()
             elif _is_due(request, 0.5):
                 request.num_waiting = 0
-        self._probe_budget -= 1 - costs.rate(survivals, depths) / before
+        if not self._is_plain:
+            self._probe_budget -= 1 - costs.rate(survivals, depths) / before
 
     def _promise(self, costs: _Costs, survivals: _Survivals, depths: list[int]) -> list[int]:
         """Note what a step with these depths should give and take; the depths again."""

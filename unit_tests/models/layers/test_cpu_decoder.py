@@ -180,6 +180,22 @@ def test_known_rows_of_a_draft_head_take_the_same_way_and_those_of_a_target_not(
         torch.testing.assert_close(draft(forward.token_ids, hidden, forward), out)
 
 
+@torch.inference_mode()
+def test_a_head_that_catches_up_on_many_rows_takes_it_too_and_a_target_with_as_many_not(directory: Path) -> None:
+    target, draft = load(directory, torch.float32)
+    run = CachedRun(target, draft, max_len=80)
+    forward = run.batch([1, 2], [[1] * 17, [2]], is_verify=True)
+    assert draft.can_propose(forward) and not target._cpu_decoder.serves(forward)
+
+
+@torch.inference_mode()
+def test_logits_of_a_row_are_the_same_bits_among_many_rows(directory: Path) -> None:
+    target, _ = load(directory, torch.bfloat16)
+    hidden = torch.randn(150, target.config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    together = target.compute_logits(hidden)
+    assert all(torch.equal(target.compute_logits(hidden[[row]])[0], together[row]) for row in (0, 63, 64, 149))
+
+
 def test_gradients_and_sequences_without_a_cache_take_the_torch_way(directory: Path) -> None:
     target, _ = load(directory, torch.float32)
     run = CachedRun(target, max_len=80)
