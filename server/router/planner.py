@@ -22,8 +22,8 @@ MAX_PROBE_INTERVAL = 4 * PROBE_INTERVAL
 # What the average over the server's requests starts from, and how fast it moves.
 FIRST_ACCEPTANCE = 0.7
 _SERVER_WEIGHT = 0.01
-# The server's average counts as much as this many observations of a new request.
-_PRIOR_OBSERVATIONS = 4
+# The server's average counts as much as this many observations of a new request, which may be quite another kind.
+_PRIOR_OBSERVATIONS = 1
 _WEIGHT = 0.02
 _DRIFT_WEIGHT = 0.1
 _PROBE_WEIGHT = 0.3
