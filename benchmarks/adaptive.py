@@ -2,9 +2,9 @@
 
 Half of the requests are word problems, which the demo checkpoint's draft head guesses well, half are random tokens with
 sampling settings under which it is mostly wrong. The same requests go through engines with adaptive depth, with fixed
-depths, and without drafts, the rounds of all interleaved: adaptive depth should be as fast as the best of them.
-Speeds of one kind are those of single requests behind their first token. Prints two tables, and as the last line one
-JSON object.
+depths, and without drafts, the rounds of all interleaved: adaptive depth should be as fast as the best of them. A
+request that ends is replaced at once, so that the batch is always full. Speeds of one kind are those of single requests
+behind their first token. Prints two tables, and as the last line one JSON object.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import trange
 
 from benchmarks.report import print_json, print_table
-from benchmarks.workload import Prompt, Served, accept_length, draw_problem, draw_tokens, serve
+from benchmarks.workload import Prompt, Served, accept_length, draw_problem, draw_tokens, serve_full
 from server.llm import LLM, SamplingParams
 
 KINDS = ("predictable", "unpredictable")
@@ -35,14 +35,14 @@ class Contender:
     served: dict[str, list[Served]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     depths_before: tuple[int, ...] = ()
 
-    def run(self, requests: list[Prompt]) -> None:
+    def run(self, requests: list[Prompt], batch: int, num_tokens: int) -> None:
         """Serve one round; requests of the two kinds take turns."""
-        served = serve(self.llm, requests)
-        num_tokens = sum(len(one.token_ids) for one in served)
-        speeds = {"all": num_tokens / max(one.end_seconds for one in served)}
+        served, seconds = serve_full(self.llm, requests, batch, num_tokens)
+        speeds = {"all": sum(len(one.token_ids) for one in served) / seconds}
         for index, kind in enumerate(KINDS):
-            self.served[kind] += served[index::2]
-            speeds[kind] = statistics.median(one.tokens_per_second for one in served[index::2])
+            of_kind = [one for one in served[index::2] if len(one.token_ids) > 1]
+            self.served[kind] += of_kind
+            speeds[kind] = statistics.median(one.tokens_per_second for one in of_kind)
         self.speeds.append(speeds)
 
     def forget(self) -> None:
@@ -104,12 +104,13 @@ def make_contenders(batch: int, args: argparse.Namespace) -> list[Contender]:
 def measure(batch: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rounds at one batch size, each with new requests: rows per contender, and rows that compare."""
     contenders, rng = make_contenders(batch, args), random.Random(batch)
-    count = max(2, batch * args.requests_per_row)
+    num_tokens = max(2, batch) * args.output_len * args.requests_per_row
+    count = 3 * num_tokens // args.output_len + batch  # more than any of them can begin
     for number in trange(args.rounds + 1, desc=f"batch {batch}"):
         requests = draw_requests(contenders[0].llm, args, count, rng)
         first = number % len(contenders)
         for contender in contenders[first:] + contenders[:first]:
-            contender.run(requests)
+            contender.run(requests, batch, num_tokens)
             if number == 0:
                 contender.forget()
     return [describe(batch, one) for one in contenders], compare(batch, contenders)
@@ -153,7 +154,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fixed", nargs="+", type=int, default=[3, 1, 0], help="depths of the others; 0: no drafts")
     parser.add_argument("--overlap", choices=["auto", "on", "off"], default="auto", help="for all of them")
     parser.add_argument("--output-len", type=int, default=192, help="tokens of every output")
-    parser.add_argument("--requests-per-row", type=int, default=2, help="requests per round, over the batch size")
+    parser.add_argument("--requests-per-row", type=int, default=2, help="outputs per round, over the batch size")
     parser.add_argument("--temperature", type=float, default=1.5, help="of the unpredictable requests")
     parser.add_argument("--repetition-penalty", type=float, default=2.0, help="of the unpredictable requests")
     parser.add_argument("--rounds", type=int, default=21, help="rounds, whose contenders take turns in being first")

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from server.llm import LLM, Generate, SamplingParams
@@ -50,6 +50,32 @@ def serve(llm: LLM, requests: Sequence[Prompt]) -> list[Served]:
             assert isinstance(output, TokenOutput), output
             served[int(output.request_id)].take(output, seconds)
     return served
+
+
+def serve_full(llm: LLM, requests: Iterable[Prompt], size: int, num_tokens: int) -> tuple[list[Served], float]:
+    """Keep `size` requests in the engine, one that ends is replaced at once, until num_tokens have come in all: what
+    each got, in the order of `requests`, and the seconds it took. Those still open are aborted."""
+    served: list[Served] = []
+    start, source, num_open, total = time.perf_counter(), iter(requests), 0, 0
+    while total < num_tokens:
+        while num_open < size:
+            prompt, params = next(source)
+            llm.engine.add(Generate(str(len(served)), prompt, params))
+            served.append(Served())
+            num_open += 1
+        outputs = llm.engine.step()
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            assert isinstance(output, TokenOutput), output
+            served[int(output.request_id)].take(output, seconds)
+            total += len(output.token_ids)
+            num_open -= output.finish_reason is not None
+    elapsed = time.perf_counter() - start
+    for index in range(len(served)):
+        llm.engine.abort(str(index))
+    while llm.engine.has_work():
+        llm.engine.step()
+    return served, elapsed
 
 
 def accept_length(served: Sequence[Served]) -> float:
