@@ -173,7 +173,7 @@ class ForwardBatch:
         assert view is not None
         offsets = torch.tensor(list(accumulate(self.query_lens, initial=0)))
         of_requests = (view.row_ids, view.start_lens, view.accept_lens)
-        return DecoderPlace(offsets, *of_requests, self.positions, view.page_table)
+        return DecoderPlace(offsets, *of_requests, self.positions, view.page_table, not view.is_verify)
 
     def record(self, hidden: Tensor) -> None:
         """Keep the hidden states [N, H] of a verify pass for a draft head that may have to catch up on them."""

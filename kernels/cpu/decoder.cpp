@@ -41,7 +41,7 @@ struct Front {
 
 struct Batch {
     const int64_t *token_ids, *offsets, *row_ids, *start_lens, *accept_lens, *positions, *page_table;
-    int64_t requests, rows, table_width;
+    int64_t requests, rows, table_width, is_known;
 };
 
 template <typename W, typename F>
@@ -68,7 +68,8 @@ struct Decoder {
     const F eps;
     int64_t N, mixed_size, in_size, wide_size;
     std::unique_ptr<F[]> x, normed,  // x [N, H] is the residual stream
-         projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits;
+         projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits,
+        history;
     std::vector<int64_t> request_of;                  // [N]
     std::vector<int64_t> chosen, slot_of, first_of;   // experts of each row [N, k]; their places; first place [E + 1]
     std::vector<F> shares;                            // [N, k]
@@ -86,6 +87,7 @@ struct Decoder {
         wide = buffer<F>(N * wide_size), narrow_rows = buffer<F>(N * width);
         gathered = buffer<F>(N * k * n.hidden), expert_out = buffer<F>(N * k * n.hidden);
         router_logits = buffer<F>(N * n.experts);
+        history = buffer<F>(batch.requests * (n.taps - 1) * (2 * key_size + value_size));
         chosen.resize(N * k), slot_of.resize(N * k), shares.resize(N * k), first_of.resize(n.experts + 1);
         request_of.resize(N);
         for (int64_t b = 0; b < batch.requests; ++b)
@@ -190,10 +192,22 @@ struct Decoder {
                                      memory.state + first_row * HV * n.key_dim * n.value_dim,
                                      memory.ring_k + ring_start * n.key_heads * n.key_dim,
                                      memory.ring_u + ring_start * HV * n.value_dim, memory.ring_alpha + ring_start * HV};
+        // Heads share channels, and what one of them writes to the ring another may still have to read.
+        const int64_t taps = n.taps - 1, ring_mask = memory.conv_ring_len - 1;
+        team.each(batch.requests * taps, [&](int64_t task) {
+            const int64_t b = task / taps, slot = (batch.start_lens[b] - taps + task % taps) & ring_mask;
+            std::copy_n(mine.conv_ring + (batch.row_ids[b] * memory.conv_ring_len + slot) * channels, channels,
+                        history.get() + task * channels);
+        });
         team.each(batch.requests * HV, [&](int64_t task) {
             const int64_t b = task / HV, first = batch.offsets[b];
-            const DeltaNetPlace place{batch.row_ids[b], batch.start_lens[b], batch.accept_lens[b], first,
-                                      batch.offsets[b + 1] - first};
+            const DeltaNetPlace<F> place{batch.row_ids[b],
+                                         batch.start_lens[b],
+                                         batch.accept_lens[b],
+                                         first,
+                                         batch.offsets[b + 1] - first,
+                                         history.get() + b * (n.taps - 1) * channels,
+                                         batch.is_known != 0};
             verify_head(sizes, weights, mine, projected.get(), place, task % HV, mixed.get());
         });
     }

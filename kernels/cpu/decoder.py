@@ -56,7 +56,8 @@ class DecoderMemory(NamedTuple):
 class DecoderPlace(NamedTuple):
     """Where the pass stands, all int64: offsets [B + 1] of the requests' rows in the pass; row_ids, start_lens,
     accept_lens [B] and page_table [B, P] as in the cache; positions [N]. Layers with a delta net want positions that
-    count up from start_lens."""
+    count up from start_lens. `is_known`: the rows are no guesses, so states are stored behind the last of them and
+    nothing is recorded for a later fold."""
 
     offsets: Tensor
     row_ids: Tensor
@@ -64,6 +65,7 @@ class DecoderPlace(NamedTuple):
     accept_lens: Tensor
     positions: Tensor
     page_table: Tensor
+    is_known: bool = False
 
 
 class DraftChain(NamedTuple):
@@ -89,8 +91,8 @@ class _Layer(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("token_ids", *DecoderPlace._fields)),
-        *((name, ctypes.c_int64) for name in ("requests", "rows", "table_width")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", *DecoderPlace._fields[:-1])),
+        *((name, ctypes.c_int64) for name in ("requests", "rows", "table_width", "is_known")),
     ]
 
 
@@ -172,10 +174,10 @@ class Decoder:
         hidden: Tensor | None,
         chain: _Chain | None,
     ) -> Tensor:
-        places = [tensor.contiguous() for tensor in (token_ids, *place)]
+        places = [tensor.contiguous() for tensor in (token_ids, *place[:-1])]
         batch = _Batch(
             *(tensor.data_ptr() for tensor in places),
-            *(len(place.row_ids), len(token_ids), place.page_table.shape[1]),
+            *(len(place.row_ids), len(token_ids), place.page_table.shape[1], place.is_known),
         )
         tensors = (memory.kv, memory.conv_ring, memory.state, *memory.ring)
         cache = _Memory(

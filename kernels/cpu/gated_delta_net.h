@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -30,22 +31,27 @@ struct DeltaNetWeights {
 };
 
 // One request's share of a pass: its row of the cache, the position of its first token, what its state has not folded
-// yet, its first token's index in the pass, and how many there are.
+// yet, its first token's index in the pass, and how many there are. history [taps - 1, C]: the inputs before them. Known
+// tokens store the state behind the last of them, guessed ones only what a later fold needs.
+template <typename F>
 struct DeltaNetPlace {
     int64_t row, start, accepted, first, tokens;
+    const F* history;
+    bool is_known;
 };
 
 // Channels first..first+count of all tokens -> out [T, count]; the owner of the channels also records its inputs.
 template <typename F>
-void convolve(const DeltaNetSizes& n, int64_t tokens, const F* inputs, int64_t stride, const F* weight, F* ring, int64_t start, int64_t first,
-              int64_t count, int64_t channels, bool is_owner, F* out) {
+void convolve(const DeltaNetSizes& n, int64_t tokens, const F* inputs, int64_t stride, const F* weight,
+              const F* history, F* ring, int64_t start, int64_t first, int64_t count, int64_t channels, bool is_owner,
+              F* out) {
     const int64_t ring_mask = n.conv_ring_len - 1;
     for (int64_t t = 0; t < tokens; ++t) {
         F* row = out + t * count;
         for (int64_t c = 0; c < count; ++c) row[c] = 0;
         for (int64_t tap = 0; tap < n.taps; ++tap) {
             const int64_t ahead = t - (n.taps - 1) + tap;
-            const F* u = ahead >= 0 ? inputs + ahead * stride : ring + ((start + ahead) & ring_mask) * channels;
+            const F* u = ahead >= 0 ? inputs + ahead * stride : history + (ahead + n.taps - 1) * channels;
 #pragma omp simd
             for (int64_t c = 0; c < count; ++c) row[c] += u[first + c] * weight[(first + c) * n.taps + tap];
         }
@@ -53,7 +59,7 @@ void convolve(const DeltaNetSizes& n, int64_t tokens, const F* inputs, int64_t s
         for (int64_t c = 0; c < count; ++c) row[c] *= sigmoid(row[c]);
     }
     if (!is_owner) return;
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = std::max<int64_t>(0, tokens - n.conv_ring_len); t < tokens; ++t) {
         F* slot = ring + ((start + t) & ring_mask) * channels;
         for (int64_t c = 0; c < count; ++c) slot[first + c] = inputs[t * stride + first + c];
     }
@@ -86,7 +92,7 @@ void update_and_read(const F* source, F* target, int64_t dim, F decay, F k, cons
 
 template <typename F>
 void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const DeltaNetMemory<F>& m, const F* projected,
-                 const DeltaNetPlace& place, int64_t head, F* out) {
+                 const DeltaNetPlace<F>& place, int64_t head, F* out) {
     thread_local std::vector<F> scratch;
     const int64_t DK = n.key_dim, DV = n.value_dim, T = place.tokens, HV = n.value_heads;
     const int64_t group = HV / n.key_heads, key_head = head / group, key_size = n.key_heads * DK;
@@ -101,9 +107,9 @@ void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const Delt
 
     const F* inputs = projected + place.first * stride;
     F* conv_ring = m.conv_ring + row * n.conv_ring_len * channels;
-    convolve(n, T, inputs, stride, w.conv, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
-    convolve(n, T, inputs, stride, w.conv, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
-    convolve(n, T, inputs, stride, w.conv, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
+    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
+    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
+    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
     l2_normalise(q, T, DK, F(1) / std::sqrt(F(DK)));
     l2_normalise(k, T, DK, F(1));
 
@@ -144,20 +150,20 @@ void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const Delt
 #pragma omp simd reduction(+ : qk)
         for (int64_t i = 0; i < DK; ++i) qk += q[t * DK + i] * k[t * DK + i];
 
-        const int64_t slot = row * n.ring_len + ((start + t) & ring_mask);
-        F* ring_u = m.ring_u + (slot * HV + head) * DV;
         F square = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t c = 0; c < DV; ++c) {
             const F delta = beta * (v[t * DV + c] - decay * read_k[c]);
-            u[t * DV + c] = ring_u[c] = delta;
+            u[t * DV + c] = delta;
             read_q[c] = decay * read_q[c] + qk * delta;
             square += read_q[c] * read_q[c];
         }
-        m.ring_alpha[slot * HV + head] = decay;
-        if (owns_keys) {
-            F* ring_k = m.ring_k + (slot * n.key_heads + key_head) * DK;
-            for (int64_t i = 0; i < DK; ++i) ring_k[i] = k[t * DK + i];
+        if (!place.is_known) {
+            const int64_t slot = row * n.ring_len + ((start + t) & ring_mask);
+            for (int64_t c = 0; c < DV; ++c) m.ring_u[(slot * HV + head) * DV + c] = u[t * DV + c];
+            m.ring_alpha[slot * HV + head] = decay;
+            if (owns_keys)
+                for (int64_t i = 0; i < DK; ++i) m.ring_k[(slot * n.key_heads + key_head) * DK + i] = k[t * DK + i];
         }
         const F factor = F(1) / std::sqrt(square / DV + w.eps);
         const F* z = inputs + t * stride + channels + head * DV;
@@ -165,6 +171,12 @@ void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const Delt
 #pragma omp simd
         for (int64_t c = 0; c < DV; ++c) y[c] = w.norm[c] * read_q[c] * factor * (z[c] * sigmoid(z[c]));
     }
+    if (!place.is_known) return;
+    const F* source = T == 1 ? state : running;
+    const F *last_k = k + (T - 1) * DK, *last_u = u + (T - 1) * DV;
+    for (int64_t i = 0; i < DK; ++i)
+#pragma omp simd
+        for (int64_t c = 0; c < DV; ++c) state[i * DV + c] = source[i * DV + c] * decay + last_k[i] * last_u[c];
 }
 
 }  // namespace tandem

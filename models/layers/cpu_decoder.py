@@ -37,15 +37,14 @@ class CpuDecoder:
         self._addresses = (0, 0)
 
     def serves(self, forward: ForwardBatch) -> bool:
-        """Whether the pass may take this way: the rows of a decode step, and where layers have no state also the known
-        ones of a prompt or of a head that catches up, if they are few."""
+        """Whether the pass may take this way: the rows of a decode step, and if they are few the known ones of prompts
+        or of a draft head that catches up."""
         view = forward.view
         if view is None or self._config.head_dim > MAX_HEAD_DIM or not serves(self._norm.scale):
             return False
-        if view.is_verify and max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST:
-            return True
-        num_rows = sum(forward.query_lens)
-        return not self._has_states and num_rows * self._packed().num_products <= _MAX_PRODUCTS
+        if view.is_verify and (max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST or self._has_states):
+            return max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
+        return sum(forward.query_lens) * self._packed().num_products <= _MAX_PRODUCTS
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""
@@ -70,9 +69,10 @@ class CpuDecoder:
 
 
 def _memory(forward: ForwardBatch, records: bool = False) -> DecoderMemory:
-    """The cache; a target also records its rows for its draft head."""
+    """The cache; a target also records its guessed rows for its draft head."""
     assert forward.view is not None
     cache = forward.view.cache
+    records &= forward.view.is_verify
     history = (cache.history.hidden, cache.history.token_ids) if records and cache.history else None
     return DecoderMemory(cache.kv.data, cache.gdn.conv_ring, cache.gdn.state, cache.gdn.ring, history)
 

@@ -38,7 +38,7 @@ _DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.5, 6.0)
 # Plans without drafts that repeat the one before them without a look.
 _MAX_REPEATED = 3
 # Plans whose choice is remembered.
-_MAX_ANSWERS = 4096
+_MAX_ANSWERS = 512
 
 _Survivals = tuple[tuple[float, ...], ...]
 

@@ -184,3 +184,17 @@ def test_verify_steps_compute_the_very_bits_of_plain_decoding(
         results.append((tokens_of(messages), logprobs))
         assert mtp_step == 0 or engine.scheduler.counters.num_accepted > 0
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("mtp_step", [0, 3])
+def test_without_the_cpu_decoder_the_torch_layers_give_the_same_tokens(
+    checkpoint: Path,
+    plain: Callable[[SamplingParams], list[list[int]]],
+    mtp_step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The way of machines without a compiler, and of prompts too long for it."""
+    monkeypatch.setattr("models.layers.cpu_decoder.serves", lambda weight: False)
+    engine = make_engine(checkpoint, mtp_step=mtp_step, chunked_prefill_size=64, max_running_requests=32)
+    assert generate(engine, PROMPTS[:60], GREEDY) == plain(GREEDY)[:60]
+    assert generate(engine, PROMPTS[:30], SEEDED) == plain(SEEDED)[:30]

@@ -23,7 +23,7 @@ from unit_tests.models.loading import load_ours
 pytestmark = pytest.mark.skipif(load_library() is None, reason="this machine has no C++ compiler")
 
 ROWS = (3, 1, 4)
-TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.5}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4}
 Models = tuple[Qwen35, Qwen35MTP]
 
 
@@ -51,15 +51,20 @@ def law() -> Iterator[None]:
 
 
 def run_history(models: Models, widest: int) -> tuple[CachedRun, list[Tensor]]:
-    """Prompts, then verify steps of random widths and accept lengths; the draft head runs over the same rows."""
-    rng, rows, outputs = random.Random(0), ROWS, []
-    run = CachedRun(*models, max_len=80, mtp_step=widest - 1)
-    run.prefill(rows, [[rng.randrange(256) for _ in range(5 + row)] for row in rows])
-    for _ in range(6):
-        widths = [rng.randint(1, widest) for _ in rows]
-        forward, hidden = run.verify(rows, [[rng.randrange(256) for _ in range(width)] for width in widths])
+    """Prompts, then verify steps of random widths and accept lengths with known tokens in between; the draft head runs
+    over the same rows."""
+    rng, outputs = random.Random(0), []
+    run = CachedRun(*models, max_len=120, mtp_step=widest - 1)
+    run.prefill(ROWS, [[rng.randrange(256) for _ in range(5 + row)] for row in ROWS])
+    for step in range(9):
+        is_known = step in (3, 4, 7)
+        widths = [rng.choice([1, 2, 11, 17]) if is_known else rng.randint(1, widest) for _ in ROWS]
+        tokens = [[rng.randrange(256) for _ in range(width)] for width in widths]
+        forward, hidden = (run.prefill if is_known else run.verify)(ROWS, tokens)
         outputs += [hidden, models[1](torch.roll(forward.token_ids, -1), hidden, forward)]
-        run.accept(rows, [rng.randint(1, width) for width in widths])
+        if not is_known:
+            run.accept(ROWS, [rng.randint(1, width) for width in widths])
+    run.fold(ROWS)
     return run, outputs
 
 
@@ -70,17 +75,26 @@ def memory_of(run: CachedRun) -> list[Tensor]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("widest", [1, 2, 4, 9])
-@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.bfloat16])
 def test_a_history_of_ragged_steps_equals_the_law(directory: Path, dtype: torch.dtype, widest: int) -> None:
-    models, tolerance = load(directory, dtype), TOLERANCES[dtype]
+    models = load(directory, dtype)
     run, outputs = run_history(models, widest)
     with law():
         law_run, expected = run_history(models, widest)
     for mine, theirs in zip(outputs, expected, strict=True):
         assert mine.dtype == dtype and mine.isfinite().all()
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+        assert_close(mine, theirs, dtype)
     for mine, theirs in zip(memory_of(run), memory_of(law_run), strict=True):  # the padding is NaN, and stays
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+        assert_close(mine, theirs, dtype)
+
+
+def assert_close(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    if dtype in TOLERANCES:
+        torch.testing.assert_close(mine, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype], equal_nan=True)
+        return
+    # Rounding may send a token to another expert: single numbers may be far off, most are near.
+    assert torch.equal(mine.isnan(), theirs.isnan())
+    assert (mine - theirs).abs().nanmean() < 0.05 * theirs.abs().nanmean()
 
 
 @torch.inference_mode()
@@ -90,10 +104,10 @@ def test_the_law_really_is_another_way(directory: Path, monkeypatch: pytest.Monk
     run = cpu_decoder.Decoder.run
     monkeypatch.setattr(cpu_decoder.Decoder, "run", lambda *args: calls.append(1) or run(*args))
     run_history(models, 3)
-    assert len(calls) == 12, "six steps of the target and of its draft"
+    assert len(calls) == 20, "ten passes of the target, a fold, and nine of its draft"
     with law():
         run_history(models, 3)
-    assert len(calls) == 12
+    assert len(calls) == 20
 
 
 @torch.inference_mode()
@@ -170,14 +184,13 @@ def test_a_verify_pass_records_its_rows_for_the_draft_head_either_way(directory:
 
 
 @torch.inference_mode()
-def test_known_rows_of_a_draft_head_take_the_same_way_and_those_of_a_target_not(directory: Path) -> None:
-    target, draft = load(directory, torch.float64)
-    run = CachedRun(target, draft, max_len=80)
-    forward, hidden = run.prefill([1, 2], [[1, 2, 3, 4], [5] * 40])
-    assert draft._cpu_decoders[0].serves(forward) and not target._cpu_decoder.serves(forward)
-    out = draft(forward.token_ids, hidden, forward)
-    with law():
-        torch.testing.assert_close(draft(forward.token_ids, hidden, forward), out)
+def test_known_rows_take_the_same_way_if_they_are_few(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = load(directory, torch.float64)
+    run = CachedRun(*models, max_len=80)
+    forward = run.batch([1, 2], [[1, 2, 3, 4], [5] * 40], is_verify=False)
+    assert models[0]._cpu_decoder.serves(forward) and models[1].can_propose(forward)
+    monkeypatch.setattr(cpu_decoder, "_MAX_PRODUCTS", 44 * models[0]._cpu_decoder._packed().num_products - 1)
+    assert not models[0]._cpu_decoder.serves(forward)
 
 
 @torch.inference_mode()
