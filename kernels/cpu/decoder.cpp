@@ -1,5 +1,5 @@
-// A stack of decoder layers over the cache, for the few rows of a decode step, in one call: Python and its lock stay out
-// of the step. Requests may bring different numbers of rows. The contract stands in kernels/cpu/decoder.py; the layers
+// Embedding, decoder layers over the cache and final norm for few rows, in one call: Python and its lock stay out of the
+// step. Requests may bring different numbers of rows, guessed or known. The contract stands in kernels/cpu/decoder.py; the layers
 // are those of models/qwen3_5 and models/qwen3_5_moe, which are the oracle.
 //
 // Activations are float or double whatever the weights are. Each row is summed in an order that no other row changes.
@@ -66,25 +66,24 @@ struct Decoder {
     const Memory<W, F>& memory;
     const F* frequencies;
     const F eps;
-    int64_t N, mixed_size, in_size, wide_size;
-    std::unique_ptr<F[]> x, normed,  // x [N, H] is the residual stream
-         projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits,
-        history;
-    std::vector<int64_t> request_of;                  // [N]
-    std::vector<int64_t> chosen, slot_of, first_of;   // experts of each row [N, k]; their places; first place [E + 1]
-    std::vector<F> shares;                            // [N, k]
+    const int64_t N;
+    std::unique_ptr<F[]> x;  // [N, H], the residual stream
+    std::unique_ptr<F[]> normed, projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits;
+    std::unique_ptr<F[]> history;                    // [requests, taps - 1, C], inputs of one layer's convolution
+    std::vector<int64_t> request_of;                 // [N]
+    std::vector<int64_t> chosen, slot_of, first_of;  // experts of each row [N, k]; their places; first place [E + 1]
+    std::vector<F> shares;                           // [N, k]
 
     Decoder(const Team& team, const Sizes& n, const Batch& batch, const Memory<W, F>& memory, const F* frequencies,
             F eps)
         : team(team), n(n), batch(batch), memory(memory), frequencies(frequencies), eps(eps), N(batch.rows) {
         const int64_t value_size = n.value_heads * n.value_dim, key_size = n.key_heads * n.key_dim;
-        mixed_size = std::max(n.heads * n.head_dim, value_size);
-        in_size = std::max(2 * (n.heads + n.kv_heads) * n.head_dim, 2 * (key_size + value_size + n.value_heads));
+        const int64_t mixed_size = std::max(n.heads * n.head_dim, value_size);
+        const int64_t in_size = std::max(2 * (n.heads + n.kv_heads) * n.head_dim, 2 * (key_size + value_size + n.value_heads));
         const int64_t k = n.experts_per_token, width = std::max({n.intermediate, n.shared_size, k * n.expert_size});
-        wide_size = 2 * width;
         x = buffer<F>(N * n.hidden), normed = buffer<F>(N * n.hidden), added = buffer<F>(N * n.hidden);
         projected = buffer<F>(N * in_size), q = buffer<F>(N * n.heads * n.head_dim), mixed = buffer<F>(N * mixed_size);
-        wide = buffer<F>(N * wide_size), narrow_rows = buffer<F>(N * width);
+        wide = buffer<F>(N * 2 * width), narrow_rows = buffer<F>(N * width);
         gathered = buffer<F>(N * k * n.hidden), expert_out = buffer<F>(N * k * n.hidden);
         router_logits = buffer<F>(N * n.experts);
         history = buffer<F>(batch.requests * (n.taps - 1) * (2 * key_size + value_size));

@@ -1,4 +1,4 @@
-"""Embedding, decoder layers over the cache and final norm, for the few rows of a decode step, in one call of C++.
+"""Embedding, decoder layers over the cache and final norm, for the few rows of a decode step or a chunk, in one call.
 
 The law is the same layers one after the other in models/qwen3_5, models/qwen3_5_moe and models/qwen3_5_mtp; the
 formulas stand in kernels/. What this adds is speed: Python's part of a step shrinks to one call, during which the

@@ -1,5 +1,5 @@
-// The verify step of a Gated DeltaNet layer between its two projections, for a CPU: convolution, gates, fold, T rows of
-// the delta rule, gated norm. The formulas and the contract are those of kernels/gated_delta_net.py, whose torch version
+// A Gated DeltaNet layer between its two projections, for a CPU: convolution, gates, fold, T rows of the delta rule one
+// after the other, gated norm. The formulas and the contract are those of kernels/gated_delta_net.py, whose torch version
 // is the oracle. One task is one value head of one request, so a state is read once and written once per step.
 
 #pragma once
@@ -107,9 +107,12 @@ void verify_head(const DeltaNetSizes& n, const DeltaNetWeights<F>& w, const Delt
 
     const F* inputs = projected + place.first * stride;
     F* conv_ring = m.conv_ring + row * n.conv_ring_len * channels;
-    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, key_head * DK, DK, channels, owns_keys, q);
-    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, key_size + key_head * DK, DK, channels, owns_keys, k);
-    convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, 2 * key_size + head * DV, DV, channels, true, v);
+    const auto read = [&](int64_t first, int64_t count, bool is_owner, F* rows) {
+        convolve(n, T, inputs, stride, w.conv, place.history, conv_ring, start, first, count, channels, is_owner, rows);
+    };
+    read(key_head * DK, DK, owns_keys, q);
+    read(key_size + key_head * DK, DK, owns_keys, k);
+    read(2 * key_size + head * DV, DV, true, v);
     l2_normalise(q, T, DK, F(1) / std::sqrt(F(DK)));
     l2_normalise(k, T, DK, F(1));
 

@@ -1,9 +1,9 @@
-"""A model from its embedding to its final norm for the few rows of a decode step on a CPU, as one call of C++."""
+"""A model from its embedding to its final norm for few rows on a CPU, as one call of C++."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.cpu.decoder import MAX_HEAD_DIM, Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
 from kernels.rotary import rotary_frequencies
@@ -22,8 +22,6 @@ KernelFront = Callable[[], dict[str, Tensor]]
 class KernelLayer(Protocol):
     """A layer that tells its weights, by the names of kernels/cpu/decoder.py, and its index in the cache."""
 
-    mixer: nn.Module
-
     def kernel_weights(self) -> tuple[dict[str, Tensor], int]: ...
 
 
@@ -32,7 +30,6 @@ class CpuDecoder:
 
     def __init__(self, config: ModelConfig, front: KernelFront, layers: Sequence[KernelLayer], norm: RMSNorm):
         self._config, self._front, self._layers, self._norm = config, front, layers, norm
-        self._has_states = any(not hasattr(layer.mixer, "q_norm") for layer in layers)
         self._decoder: Decoder | None = None
         self._addresses = (0, 0)
 
@@ -42,9 +39,8 @@ class CpuDecoder:
         view = forward.view
         if view is None or self._config.head_dim > MAX_HEAD_DIM or not serves(self._norm.scale):
             return False
-        if view.is_verify and (max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST or self._has_states):
-            return max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
-        return sum(forward.query_lens) * self._packed().num_products <= _MAX_PRODUCTS
+        is_step = view.is_verify and max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
+        return is_step or sum(forward.query_lens) * self._packed().num_products <= _MAX_PRODUCTS
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""

@@ -194,11 +194,10 @@ def test_known_rows_take_the_same_way_if_they_are_few(directory: Path, monkeypat
 
 
 @torch.inference_mode()
-def test_a_head_that_catches_up_on_many_rows_takes_it_too_and_a_target_with_as_many_not(directory: Path) -> None:
+def test_a_head_that_catches_up_on_many_rows_takes_it_too(directory: Path) -> None:
     target, draft = load(directory, torch.float32)
     run = CachedRun(target, draft, max_len=80)
-    forward = run.batch([1, 2], [[1] * 17, [2]], is_verify=True)
-    assert draft.can_propose(forward) and not target._cpu_decoder.serves(forward)
+    assert draft.can_propose(run.batch([1, 2], [[1] * 17, [2]], is_verify=True))
 
 
 @torch.inference_mode()
@@ -217,7 +216,6 @@ def test_gradients_and_sequences_without_a_cache_take_the_torch_way(directory: P
         assert not target._cpu_decoder.serves(forward)
     with torch.inference_mode():
         assert target._cpu_decoder.serves(forward)
-        assert not target._cpu_decoder.serves(run.batch([1], [[1] * 17], is_verify=True)), "more rows than drafts make"
 
 
 @torch.inference_mode()
