@@ -137,7 +137,7 @@ class Engine:
         self._count_outputs(batch, sampled)
         newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
         drafts = newest[:, :0]
-        if runner.drafter is not None:
+        if runner.drafter is not None and not batch.is_idle:
             with self.trace.span("draft", "device"):
                 drafts = runner.drafter.propose(hidden, sampled, forward, batch)
         runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)

@@ -57,8 +57,6 @@ class Drafter:
         then single tokens follow. Inside a prompt the next tokens are the prompt's own.
         """
         works = batch.works
-        if batch.is_idle:
-            return sampled.token_ids[:, :0]
         drafts = sampled.token_ids.new_zeros(len(works), max(work.num_drafts for work in works))
         self._chain(self._extension(hidden, sampled, forward, batch), drafts)
         return drafts

@@ -314,7 +314,7 @@ class Planner:
         if self._costs is None or batch == 0 or seconds <= 0:
             return
         plain = self._costs.verify(batch)[0]
-        has_drafts = any(depths) or any(width > 1 for width in widths)
+        has_drafts = any(depths) or max(widths) > 1
         if has_drafts and self._is_plain:
             lost = self._bound(seconds / plain) / self.plain_factor - num_committed / batch
             self._probe_budget -= max(0.0, lost)
