@@ -44,6 +44,15 @@ class DeltaNetMemory(NamedTuple):
     ring: DeltaRing
 
 
+class Stand(NamedTuple):
+    """Where the B requests stand, all [B] int64 on the device: table rows, tokens in the cache before the pass, and how
+    many of these the states have not folded yet."""
+
+    rows: Tensor
+    start_lens: Tensor
+    accept_lens: Tensor
+
+
 class VerifyPlace(NamedTuple):
     """Where the B requests stand, the same for every layer: rows, start_lens, accept_lens [B] int64, and what follows
     from them: the convolution's (read, write) slots, what to fold, and the delta ring's write slots."""

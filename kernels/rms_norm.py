@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.library import load_library
+from kernels.gpu.dispatch import runs_triton
 
 _FUNCTIONS = {torch.float32: "rms_norm_float32", torch.float64: "rms_norm_float64"}
 
@@ -16,6 +17,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
     x [..., D]; scale [D], which is `1 + w` of the checkpoint, float32 or wider.
     """
+    if runs_triton(x):
+        from kernels.gpu.rms_norm import rms_norm as rms_norm_triton
+
+        return rms_norm_triton(x, scale, eps)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         library = load_library()
         if library is not None:
@@ -26,6 +31,21 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 def rms_norm_torch(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """The law: see `rms_norm`."""
     return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x + delta, as in `rms_norm`, and x + delta itself. x, delta [N, D] of one dtype."""
+    if runs_triton(x):
+        from kernels.gpu.rms_norm import add_rms_norm as add_rms_norm_triton
+
+        return add_rms_norm_triton(x, delta, scale, eps)
+    total = x + delta
+    return rms_norm(total, scale, eps), total
+
+
+def add_rms_norm_torch(x: Tensor, delta: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The law: see `add_rms_norm`."""
+    return rms_norm_torch(x + delta, scale, eps), x + delta
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

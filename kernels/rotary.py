@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from kernels.attention import store_kv
+from kernels.gpu.dispatch import runs_triton
+from kernels.rms_norm import rms_norm
+
 _LANES = 16
 
 
@@ -32,3 +36,45 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def norm_rope_store(
+    qkv: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """What stands between an attention layer's projection and its attention: norm and rotate q and k, store k and v.
+
+    qkv [N, (2·HQ + 2·HKV)·D]: per query head (query | gate), then keys, then values; q_scale, k_scale [D] are 1 + w;
+    cos, sin [N, 1, D_rot / 2]; kv [2, pages, page_size, HKV, D] is written at slots [N] int64. Returns q [N, HQ, D].
+    """
+    if runs_triton(qkv):
+        from kernels.gpu.rotary import norm_rope_store as norm_rope_store_triton
+
+        return norm_rope_store_triton(qkv, q_scale, k_scale, eps, cos, sin, kv, slots)
+    return norm_rope_store_torch(qkv, q_scale, k_scale, eps, cos, sin, kv, slots)
+
+
+def norm_rope_store_torch(
+    qkv: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """The law: see `norm_rope_store`."""
+    num_kv_heads, dim = kv.shape[3:]
+    kv_size = num_kv_heads * dim
+    q_gate, k, v = qkv.split([qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=-1)
+    q = q_gate.unflatten(1, (-1, 2 * dim))[..., :dim]
+    k, v = (x.unflatten(1, (num_kv_heads, dim)) for x in (k, v))
+    store_kv(apply_rotary(rms_norm(k, k_scale, eps), cos, sin), v, kv, slots)
+    return apply_rotary(rms_norm(q, q_scale, eps), cos, sin)

@@ -5,6 +5,9 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which happens later
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # read when triton is: kernels run on the CPU, one program after the other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

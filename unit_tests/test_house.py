@@ -229,10 +229,10 @@ def test_public_modules_classes_and_functions_say_what_they_give():
 
 
 def test_every_kernel_file_starts_with_its_public_operations_tested():
-    """Each public function of kernels/x.py is named in unit_tests/kernels/test_x.py."""
+    """Each public function of kernels/x.py and kernels/gpu/x.py is named in the test file that mirrors it."""
     found = []
-    for path in (path for path in modules() if path.parent == ROOT / "kernels"):
-        test = ROOT / "unit_tests" / "kernels" / f"test_{path.name}"
+    for path in (path for path in modules() if path.parent in (ROOT / "kernels", ROOT / "kernels" / "gpu")):
+        test = ROOT / "unit_tests" / path.parent.relative_to(ROOT) / f"test_{path.name}"
         text = test.read_text(encoding="utf-8") if test.exists() else ""
         names = [node.name for node in public_definitions(parse(path)) if not isinstance(node, ast.ClassDef)]
         found += [f"{module_name(path)}.{name}" for name in names if name not in text]

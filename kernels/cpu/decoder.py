@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.cpu.library import load_library
 from kernels.gated_delta_rule import DeltaRing
+from kernels.gpu.dispatch import runs_triton
 
 MAX_HEAD_DIM = 1024  # of an attention head
 # Multiplications per layer below which a second thread costs more than it does.
@@ -202,7 +203,7 @@ class Decoder:
 def serves(weight: Tensor) -> bool:
     """Whether a model with such weights may take this way: on a CPU, without gradients, with a library."""
     is_candidate = weight.device.type == "cpu" and weight.dtype in _FUNCTIONS and not torch.is_grad_enabled()
-    return is_candidate and load_library() is not None
+    return is_candidate and not runs_triton(weight) and load_library() is not None
 
 
 def _count_products(weights: Mapping[str, Tensor], sizes: DecoderSizes) -> int:

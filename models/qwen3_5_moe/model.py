@@ -31,10 +31,8 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = route(self.router(x), self.experts_per_token)
-        routed = run_experts(x, self.gate_up, self.down, weights, experts)
-        # As wide as x, so that the sigmoid of a row does not depend on how many rows share a vector register.
-        gate = self.shared_gate(x).expand_as(x).sigmoid()
-        return routed + gate * self.shared_expert(x)
+        shared, gate = self.shared_expert(x), self.shared_gate(x)
+        return run_experts(x, self.gate_up, self.down, weights, experts, shared, gate)
 
     def kernel_weights(self) -> dict[str, Tensor]:
         """By the names of kernels/cpu/decoder.py."""

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kernels.rms_norm import gated_rms_norm, l2_norm, rms_norm, rms_norm_torch
+from kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_torch,
+    gated_rms_norm,
+    l2_norm,
+    rms_norm,
+    rms_norm_torch,
+)
 
 EPS = 1e-6
 
@@ -69,3 +76,11 @@ def test_the_cpu_kernel_equals_the_law_and_no_row_depends_on_others(dtype):
     torch.testing.assert_close(out, rms_norm_torch(x, scale, 1e-6))
     assert out.dtype == dtype
     assert all(torch.equal(rms_norm(x[i : i + 1], scale, 1e-6)[0], out[i]) for i in range(9))
+
+
+@pytest.mark.parametrize("op", [add_rms_norm, add_rms_norm_torch])
+def test_add_rms_norm_gives_the_norm_of_the_sum_and_the_sum(op):
+    x, delta, scale = draw(3, 7), draw(3, 7, seed=1), draw(7, seed=2)
+    out, total = op(x, delta, scale, EPS)
+    assert torch.equal(total, x + delta)
+    torch.testing.assert_close(out, torch.stack([normed(row) * scale for row in total]))

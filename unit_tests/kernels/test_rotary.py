@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from kernels.rotary import apply_rotary, rotary_angles, rotary_frequencies
+from kernels.rms_norm import rms_norm
+from kernels.rotary import (
+    apply_rotary,
+    norm_rope_store,
+    norm_rope_store_torch,
+    rotary_angles,
+    rotary_frequencies,
+)
 
 HEADS, D, ROTARY_DIM, THETA = 3, 20, 8, 1e7
 
@@ -54,3 +61,21 @@ def test_frequencies_fall_from_one_by_a_constant_factor(rotary_dim):
     assert len(frequencies) >= rotary_dim // 2 and frequencies[0] == 1
     expected = [THETA ** (-2 * j / rotary_dim) for j in range(rotary_dim // 2)]
     assert frequencies[: rotary_dim // 2].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("op", [norm_rope_store, norm_rope_store_torch])
+def test_queries_and_keys_are_normed_and_rotated_and_keys_and_values_stored(op):
+    """Per query head (query | gate), then keys, then values."""
+    kv_heads, source = 2, torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, (2 * HEADS + 2 * kv_heads) * D, generator=source, dtype=torch.float64)
+    q_scale, k_scale = torch.randn(2, D, generator=source, dtype=torch.float64)
+    cos, sin = rotary_angles(torch.arange(3, 8), ROTARY_DIM, THETA, torch.float64)
+    kv, slots = torch.zeros(2, 3, 4, kv_heads, D, dtype=torch.float64), torch.tensor([9, 0, 4, 5, 11])
+    q = op(qkv, q_scale, k_scale, 1e-6, cos, sin, kv, slots)
+    heads = qkv.view(5, -1, D)
+    expected = apply_rotary(rms_norm(heads[:, 0 : 2 * HEADS : 2], q_scale, 1e-6), cos, sin)
+    torch.testing.assert_close(q, expected)
+    keys = apply_rotary(rms_norm(heads[:, 2 * HEADS : 2 * HEADS + kv_heads], k_scale, 1e-6), cos, sin)
+    torch.testing.assert_close(kv[0].flatten(0, 1)[slots], keys)
+    assert torch.equal(kv[1].flatten(0, 1)[slots], heads[:, 2 * HEADS + kv_heads :])
+    assert (kv[0].flatten(0, 1)[[1, 2, 3]] == 0).all()
