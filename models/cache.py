@@ -5,12 +5,16 @@ page 0 is padding too. K = mtp_step drafts per step, T = K + 1 rows of a verify 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.gated_delta_rule import DeltaRing, fold_recorded
 from models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from kernels.gpu.attention import SplitScratch
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,23 @@ class History:
 
 
 @dataclass(frozen=True)
+class Backends:
+    """Whose kernels run the two mixers of passes over the cache: "torch" or "triton"."""
+
+    attention: str = "torch"
+    gdn: str = "torch"
+
+
+@dataclass(frozen=True)
 class Cache:
-    """All device state that layers read and write; `history` where a draft head may fall behind."""
+    """All device state that layers read and write, and whose kernels do it; `history` where a draft head may fall
+    behind, `scratch` for Triton's attention."""
 
     kv: KVCache
     gdn: GDNCache
     history: History | None = None
+    backends: Backends = Backends()
+    scratch: "SplitScratch | None" = None
 
 
 def _power_of_two(at_least: int) -> int:

@@ -1,18 +1,27 @@
 """What a layer must know about one forward pass. Passed as an argument, never looked up."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.decoder import DecoderPlace
-from kernels.gated_delta_net import VerifyPlace
+from kernels.gated_delta_net import Stand, VerifyPlace
 from kernels.gated_delta_rule import Fold
 from models.cache import Cache
 
 _SMALL_STATE_BYTES = 2**17
+
+
+def to_device(values: Sequence[Any], device: torch.device | str) -> Tensor:
+    """Numbers of the host as a tensor on the device; on a GPU without waiting for what it is doing."""
+    if torch.device(device).type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,11 @@ class CacheView:
             accept_lens=self.accept_lens[some],
             page_table=self.page_table[some],
         )
+
+    @property
+    def stand(self) -> Stand:
+        """Where the requests stand, for kernels that find the rest themselves."""
+        return Stand(self.row_ids, self.start_lens, self.accept_lens)
 
     def pick(self, order: list[int]) -> "CacheView":
         """The view of the requests `order`, in this order."""
@@ -124,6 +138,11 @@ class ForwardBatch:
         return len(self.query_lens)
 
     @cached_property
+    def query_starts(self) -> Tensor:
+        """Index of every request's first token, and N: [B + 1] int64."""
+        return to_device(list(accumulate(self.query_lens, initial=0)), self.token_ids.device)
+
+    @cached_property
     def parts(self) -> "list[tuple[slice, ForwardBatch]]":
         """Runs of requests with equally many tokens as batches of their own, with their slices of the N tokens."""
         if len(set(self.query_lens)) == 1:
@@ -171,9 +190,8 @@ class ForwardBatch:
         """Where the pass stands, for the C++ decoder."""
         view = self.view
         assert view is not None
-        offsets = torch.tensor(list(accumulate(self.query_lens, initial=0)))
         of_requests = (view.row_ids, view.start_lens, view.accept_lens)
-        return DecoderPlace(offsets, *of_requests, self.positions, view.page_table, not view.is_verify)
+        return DecoderPlace(self.query_starts, *of_requests, self.positions, view.page_table, not view.is_verify)
 
     def record(self, hidden: Tensor) -> None:
         """Keep the hidden states [N, H] of a verify pass for a draft head that may have to catch up on them."""
@@ -187,5 +205,5 @@ class ForwardBatch:
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
         """One more token for each of the first requests at positions [b], over the same cache."""
         count = len(positions)
-        view = self.view if self.view is None or count == self.num_requests else self.view.select(slice(count))
+        view = None if self.view is None else replace(self.view.select(slice(count)), start_lens=positions)
         return ForwardBatch(token_ids, positions, (1,) * count, view)

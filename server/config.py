@@ -34,6 +34,9 @@ class EngineConfig:
         "weights and activations; auto: the checkpoint's. float64 removes rounding as a cause of differences",
         ("auto", "bfloat16", "float32", "float64"),
     )
+    load_format: str = _setting(
+        "auto", "where weights come from; auto: the checkpoint, dummy: random ones, to measure speed", ("auto", "dummy")
+    )
     mtp_step: int = _setting(0, f"draft tokens per decode step, 0..{MAX_MTP_STEP}; 0 switches speculation off")
     mtp_mode: str = _setting(
         "auto",
@@ -75,6 +78,16 @@ class EngineConfig:
     max_total_tokens: int | None = _setting(
         None, "tokens the KV cache holds over all requests; default: what max-running-requests can use, at most 65536"
     )
+    attention_backend: str = _setting(
+        "auto", "kernels of the attention layers; auto: triton on a GPU, torch elsewhere", ("auto", "triton", "torch")
+    )
+    gdn_backend: str = _setting(
+        "auto", "kernels of the Gated DeltaNet layers; auto: as for attention", ("auto", "triton", "torch")
+    )
+    disable_cuda_graph: bool = _setting(False, "launch the kernels of a decode step one by one")
+    cuda_graph_max_bs: int | None = _setting(
+        None, "requests that decode in one CUDA graph, at most; default: max-running-requests"
+    )
     num_threads: int | None = _setting(None, "CPU threads for torch; default: the cores this process may use")
 
     def __post_init__(self) -> None:
@@ -83,7 +96,10 @@ class EngineConfig:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
         for name in ("chunked_prefill_size", "page_size", "checkpoint_interval"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_running_requests", "max_model_len", "max_total_tokens", "num_threads", "request_timeout"):
+        for name in (
+            *("max_running_requests", "max_model_len", "max_total_tokens", "num_threads", "request_timeout"),
+            "cuda_graph_max_bs",
+        ):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
@@ -174,12 +190,17 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     hints = get_type_hints(config)
     for setting in fields(config):
         assert setting.default is not MISSING
+        flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"].replace("%", "%%")
+        if hints[setting.name] is bool:
+            assert not setting.default
+            parser.add_argument(flag, action="store_true", help=f"{help} (default: {setting.default})")
+            continue
         parser.add_argument(
-            "--" + setting.name.replace("_", "-"),
+            flag,
             type=_flag_type(hints[setting.name]),
             default=setting.default,
             choices=setting.metadata["choices"] or None,
-            help=f"{setting.metadata['help']} (default: {setting.default})".replace("%", "%%"),
+            help=f"{help} (default: {setting.default})",
         )
 
 

@@ -7,21 +7,21 @@ drafts stay on the device in between.
 
 import logging
 import random
-import time
 from concurrent.futures import Future
 
 import torch
 
-from server.backend.batch import build_forward_batch, last_indices
+from server.backend.batch import build_forward_batch, last_indices, update_table
 from server.backend.lane import Lane, NoTrace, Readback, Trace
+from server.backend.pass_result import PassResult, Stopwatch
 from server.backend.request_table import has_penalty
 from server.backend.runner import build_runner
 from server.backend.sampler import Sampled
 from server.backend.step_costs import measure_costs
 from server.config import EngineConfig
 from server.errors import InvalidRequest
-from server.messages import EngineStats, Failed, Generate, Ready, SamplingParams, TokenLogprobs, TokenOutput
-from server.request import Batch, Outcome, Request, Step
+from server.messages import EngineStats, Failed, Generate, Ready, SamplingParams, TokenOutput
+from server.request import Batch, Request, Step
 from server.router.cost_table import CostTable
 from server.router.planner import Planner
 from server.router.scheduler import Scheduler
@@ -30,8 +30,6 @@ from server.router.watchdog import Watchdog
 _PROBE_PROMPT_LEN, _PROBE_OUTPUT_LEN = 48, 24
 
 log = logging.getLogger("tandem.engine")
-
-Result = tuple[Readback, list[list[TokenLogprobs]], float]
 
 
 class Engine:
@@ -58,7 +56,7 @@ class Engine:
             mtp_step=config.mtp_step,
         )
         self._num_steps = 0
-        self._in_flight: tuple[Step, Future[list[Result]]] | None = None
+        self._in_flight: tuple[Step, Future[list[PassResult]]] | None = None
         if config.watchdog:
             self._probe()
 
@@ -107,18 +105,14 @@ class Engine:
         ended, self._in_flight = self._in_flight, None
         return [] if ended is None else self._collect(*ended)
 
-    def _collect(self, step: Step, future: "Future[list[Result]]") -> list[TokenOutput | Failed]:
+    def _collect(self, step: Step, future: "Future[list[PassResult]]") -> list[TokenOutput | Failed]:
         with self.trace.span("wait", "host"):
-            results = future.result()
-            outcomes = []
-            for readback, logprobs, seconds in results:
-                token_ids, accept_lens, match_lens, is_finite = readback.read()
-                outcomes.append(Outcome(token_ids, accept_lens, match_lens, logprobs, is_finite, seconds))
+            outcomes = [result.read() for result in future.result()]
         with self.trace.span("collect", "host"):
             return self.scheduler.collect(step, outcomes)
 
     @torch.inference_mode()
-    def _run(self, step: Step) -> list[Result]:
+    def _run(self, step: Step) -> list[PassResult]:
         """On the device: cache operations and passes in their order."""
         with self.trace.span("step", "device", passes=len(step.batches)):
             self.runner.mover.run(step.before)
@@ -126,8 +120,12 @@ class Engine:
             self.runner.mover.run(step.after)
             return results
 
-    def _run_pass(self, batch: Batch) -> Result:
-        runner, start = self.runner, time.perf_counter()
+    def _run_pass(self, batch: Batch) -> PassResult:
+        runner, watch = self.runner, Stopwatch(self.runner.table.device)
+        update_table(batch, runner.table)
+        if batch.is_verify and runner.decode is not None:
+            with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in batch.works)):
+                return self._result(runner.decode.run(batch), batch, watch)
         forward = build_forward_batch(batch, runner.table)
         with self.trace.span("verify" if batch.is_verify else "prefill", "device", rows=len(forward.token_ids)):
             hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
@@ -141,8 +139,12 @@ class Engine:
             with self.trace.span("draft", "device"):
                 drafts = runner.drafter.propose(hidden, sampled, forward, batch)
         runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
+        return self._result(sampled, batch, watch)
+
+    def _result(self, sampled: Sampled, batch: Batch, watch: Stopwatch) -> PassResult:
+        """What the host will read of a pass, on its way."""
         readback = Readback(sampled.token_ids, sampled.accept_lens, sampled.match_lens, sampled.is_finite)
-        return readback, runner.sampler.read_logprobs(sampled, batch), time.perf_counter() - start
+        return PassResult(readback, self.runner.sampler.logprobs(sampled, batch), watch.stop())
 
     def _count_outputs(self, batch: Batch, sampled: Sampled) -> None:
         """Penalties of the drafts and of later steps need to know what this one emitted."""

@@ -14,6 +14,9 @@ FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
 GREEDY_TEMPERATURE = 1e-5
 
+# Entries of stop_token_ids and logit_bias that the device keeps of a request.
+MAX_STOP_TOKEN_IDS, MAX_BIASES = 256, 1024
+
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_p": (1e-6, 1),
@@ -72,7 +75,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InvalidRequest(f"{name} is {value}, the range is {low}..{high}", name)
-        for name in ("stop_token_ids", "logit_bias"):
+        for name, limit in (("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_BIASES)):
+            if len(getattr(self, name)) > limit:
+                raise InvalidRequest(f"{name} has {len(getattr(self, name))} entries, the limit is {limit}", name)
             for token_id in getattr(self, name):
                 if not 0 <= token_id < vocab_size:
                     raise InvalidRequest(f"{name} has {token_id}, token ids lie in 0..{vocab_size - 1}", name)

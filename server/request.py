@@ -167,6 +167,12 @@ class Batch:
         return all(work.is_idle for work in self.works)
 
     @property
+    def decode_shape(self) -> tuple[list[int], list[int], int, int]:
+        """Of a verify: rows and widths of its requests, the widest, and the most drafts that one wants."""
+        widths = [work.num_tokens for work in self.works]
+        return [work.row for work in self.works], widths, max(widths), max(work.num_drafts for work in self.works)
+
+    @property
     def widths_and_depths(self) -> tuple[list[int], list[int]]:
         """Tokens that each request runs, and drafts that it wants."""
         if self.is_idle:

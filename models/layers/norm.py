@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 from models.weight_slot import WeightSlot
 
 
@@ -19,6 +19,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and x + delta itself; without a delta of x."""
+        return (self(x), x) if delta is None else add_rms_norm(x, delta, self.scale, self.eps)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.scale, shift=1.0)

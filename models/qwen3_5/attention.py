@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import causal_attention, paged_attention, store_kv
-from kernels.rotary import apply_rotary
+from kernels.rotary import apply_rotary, norm_rope_store
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
 from models.layers.linear import Linear, StackedLinear
@@ -34,6 +34,8 @@ class Attention(nn.Module):
         self.out = Linear(self.num_heads * self.head_dim, config.hidden_size, dtype)
 
     def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
+        if forward.view is not None and forward.view.cache.backends.attention == "triton":
+            return self.out(self._attend_triton(self.qkv.forward_stacked(x), forward, rotary))
         q_gate, k, v = self.qkv(x)
         q, gate = q_gate.view(-1, self.num_heads, 2 * self.head_dim).chunk(2, dim=-1)  # [N, HQ, D] each
         k, v = (part.view(-1, self.num_kv_heads, self.head_dim) for part in (k, v))  # [N, HKV, D] each
@@ -51,6 +53,27 @@ class Attention(nn.Module):
         store_kv(k, v, kv, forward.kv_slots)
         out = [
             paged_attention(q[span], kv, part.view.page_table, part.positions.view(part.num_requests, -1))
+            for span, part in forward.parts
+            if part.view is not None
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _attend_triton(self, qkv: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
+        """From the projection [N, ...] to what the output projection reads, [N, HQ · D]."""
+        from kernels.gpu.attention import prefill_attention, verify_attention
+
+        view, (q_norm, k_norm) = forward.view, (self.q_norm, self.k_norm)
+        assert view is not None and view.cache.scratch is not None
+        kv = view.cache.kv.data[self.layer]
+        q = norm_rope_store(qkv, q_norm.scale, k_norm.scale, q_norm.eps, *rotary, kv, forward.kv_slots)
+        gate = qkv[:, : q[0].numel() * 2].unflatten(1, (self.num_heads, -1))[..., self.head_dim :]
+        if not view.is_verify:
+            where = (view.page_table, view.start_lens, forward.query_starts, max(forward.query_lens))
+            return prefill_attention(q, kv, *where, gate).flatten(1)
+        out = [
+            verify_attention(
+                q[span], kv, part.view.page_table, part.view.start_lens, gate[span], view.cache.scratch
+            ).flatten(1)
             for span, part in forward.parts
             if part.view is not None
         ]

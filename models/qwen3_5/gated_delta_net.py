@@ -19,6 +19,7 @@ from kernels.gated_delta_net import (
 )
 from kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_prefill
 from kernels.rms_norm import gated_rms_norm
+from models.cache import GDNCache
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
 from models.layers.linear import Linear, StackedLinear
@@ -48,19 +49,18 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, forward: ForwardBatch) -> Tensor:
         projected = self.in_proj.forward_stacked(x)
         weights = DeltaNetWeights(self.conv_weight, self.A_log, self.dt_bias, self.norm_weight, self.eps)
+        view = forward.view
+        if view is not None and view.cache.backends.gdn == "triton":
+            return self.out(self._mix_triton(projected, weights, forward))
         mixed = [self._mix(projected[span], weights, part) for span, part in forward.parts]
         return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
     def _mix(self, projected: Tensor, weights: DeltaNetWeights, part: ForwardBatch) -> Tensor:
         """Requests with equally many tokens, between the projections: [B · T, ...] -> [B · T, HV · DV]."""
         view = part.view
-        if view is None:
-            memory = None
-        else:
-            gdn, layer = view.cache.gdn, self.layer
-            memory = DeltaNetMemory(gdn.conv_ring[layer], gdn.state[layer], gdn.layer_ring(layer))
-            if view.is_verify:
-                return gated_delta_net_verify(projected, self.shape, weights, memory, part.verify_place)
+        memory = None if view is None else self._memory(view.cache.gdn)
+        if memory is not None and view is not None and view.is_verify:
+            return gated_delta_net_verify(projected, self.shape, weights, memory, part.verify_place)
         by_request = projected.view(part.num_requests, -1, projected.shape[-1])
         qkv, z, log_alpha, beta = split_projected(by_request, self.shape, weights)
         if memory is None or view is None:
@@ -71,6 +71,28 @@ class GatedDeltaNet(nn.Module):
             q, k, v = split_heads(conv, self.shape)
             out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
         return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
+
+    def _mix_triton(self, projected: Tensor, weights: DeltaNetWeights, forward: ForwardBatch) -> Tensor:
+        """All requests, between the projections: [N, ...] -> [N, HV · DV]."""
+        from kernels.gpu.gated_delta_net import gated_delta_net_prefill as prefill
+        from kernels.gpu.gated_delta_net import gated_delta_net_verify as verify
+
+        view = forward.view
+        assert view is not None
+        memory = self._memory(view.cache.gdn)
+        if not view.is_verify:
+            ends = (forward.query_starts, max(forward.query_lens))
+            return prefill(projected, self.shape, weights, memory, view.stand, *ends)
+        mixed = [
+            verify(projected[span], self.shape, weights, memory, part.view.stand)
+            for span, part in forward.parts
+            if part.view is not None
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _memory(self, gdn: GDNCache) -> DeltaNetMemory:
+        layer = self.layer
+        return DeltaNetMemory(gdn.conv_ring[layer], gdn.state[layer], gdn.layer_ring(layer))
 
     def kernel_weights(self) -> dict[str, Tensor]:
         """By the names of kernels/cpu/decoder.py."""

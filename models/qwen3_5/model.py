@@ -31,7 +31,11 @@ def dense_feed_forward(config: ModelConfig, dtype: torch.dtype) -> MLP:
 
 
 class DecoderLayer(nn.Module):
-    """`x += mixer(norm(x)); x += mlp(norm(x))` with full attention or a delta net. x [N, H] -> [N, H]."""
+    """`x += mixer(norm(x)); x += mlp(norm(x))` with full attention or a delta net.
+
+    x [N, H] comes with the last layer's `delta` (None: nothing) not added yet, so that a sum and the norm behind it are
+    one pass over memory; what this layer adds last is returned in the same way.
+    """
 
     def __init__(self, config: ModelConfig, mixer: Attention | GatedDeltaNet, mlp: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -40,13 +44,12 @@ class DecoderLayer(nn.Module):
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
-        normed = self.input_norm(x)
-        if isinstance(self.mixer, Attention):
-            x = x + self.mixer(normed, forward, rotary)
-        else:
-            x = x + self.mixer(normed, forward)
-        return x + self.mlp(self.post_norm(x))
+    def forward(self, x: Tensor, delta: Tensor | None, forward: ForwardBatch, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        is_attention = isinstance(self.mixer, Attention)
+        mixed = self.mixer(normed, forward, rotary) if is_attention else self.mixer(normed, forward)
+        normed, x = self.post_norm.add(x, mixed)
+        return x, self.mlp(normed)
 
     def kernel_weights(self) -> tuple[dict[str, Tensor], int]:
         """Weights by the names of kernels/cpu/decoder.py, and the layer's index in its part of the cache."""
@@ -89,10 +92,10 @@ class Qwen35(nn.Module):
         if self._cpu_decoder.serves(forward):
             return self._cpu_decoder(forward.token_ids, forward)
         rotary = self.rotary(forward.positions)
-        x = self.embed_tokens(forward.token_ids)
+        x, delta = self.embed_tokens(forward.token_ids), None
         for layer in self.layers:
-            x = layer(x, forward, rotary)
-        x = self.norm(x)
+            x, delta = layer(x, delta, forward, rotary)
+        x, _ = self.norm.add(x, delta)
         if forward.view is not None and forward.view.is_verify:
             forward.record(x)
         return x

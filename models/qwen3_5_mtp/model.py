@@ -63,8 +63,8 @@ class Qwen35MTP(nn.Module):
             return self._cpu_decoders[layer](next_ids, forward, hidden)
         embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(next_ids))
         x = self.fc(torch.cat([embedding, self.pre_fc_norm_hidden(hidden)], dim=-1))
-        x = self.layers[layer](x, forward, self.target.rotary(forward.positions))
-        return self.norm(x)
+        x, delta = self.layers[layer](x, None, forward, self.target.rotary(forward.positions))
+        return self.norm.add(x, delta)[0]
 
     def can_propose(self, forward: ForwardBatch) -> bool:
         """Whether `propose` may be called for the pass: one layer, few rows, on a CPU with a compiler."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.api.fields import INT64_MAX, INT64_MIN, Fields, known_fields, require_integer, require_number
 from server.errors import CheckpointError, InvalidRequest
-from server.messages import SamplingParams
+from server.messages import MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
 
 SHAPE_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAMPLING_FIELDS = (
@@ -37,8 +37,6 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1024
-MAX_STOP_TOKEN_IDS = 256
-MAX_BIASES = 4096
 _MAX_BIAS = 100.0
 # Float32 logits times or over a larger factor are infinite or all alike.
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 0.01, 100.0

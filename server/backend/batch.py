@@ -3,21 +3,22 @@
 import torch
 from torch import Tensor
 
-from models.forward_batch import ForwardBatch
+from models.forward_batch import ForwardBatch, to_device
 from server.backend.request_table import RequestTable
 from server.request import Batch
 
 
-def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
-    """Write what the host decided (new rows, new pages) to the table, and gather what the device already knows.
-
-    A verify batch takes its tokens and lengths from the table; a prefill batch brings its tokens from the host.
-    """
+def update_table(batch: Batch, table: RequestTable) -> None:
+    """Write what the host decided for the batch: new rows, new pages."""
     for work in batch.works:
         if work.output_ids is not None:
             table.admit(work)
-        if work.pages:
-            table.write_pages(work.row, work.first_page, work.pages)
+    table.write_pages(batch.works)
+
+
+def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
+    """Gather what the device already knows: a verify batch takes its tokens and lengths from the table, a prefill batch
+    brings its tokens from the host."""
     view = table.view([work.row for work in batch.works], batch.is_verify)
     counts = tuple(work.num_tokens for work in batch.works)
     if batch.is_verify:
@@ -25,7 +26,7 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
         return ForwardBatch(token_ids, where, counts, view)
     ids = [token_id for work in batch.works for token_id in work.token_ids]
     positions = [work.start + index for work in batch.works for index in range(work.num_tokens)]
-    token_ids, where = (torch.tensor(values, device=table.device) for values in (ids, positions))
+    token_ids, where = (to_device(values, table.device) for values in (ids, positions))
     return ForwardBatch(token_ids, where, counts, view)
 
 
@@ -41,7 +42,7 @@ def _gather_windows(next_ids: Tensor, start_lens: Tensor, counts: tuple[int, ...
 
 def last_indices(forward: ForwardBatch) -> Tensor:
     """Flat index [B] of each request's last token of the pass."""
-    return torch.tensor(forward.query_lens, device=forward.token_ids.device).cumsum(0) - 1
+    return forward.query_starts[1:] - 1
 
 
 def following_ids(batch: Batch, count: int) -> list[list[int]]:

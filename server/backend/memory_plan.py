@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from models.config import ModelConfig
 from models.registry import build
 from server.config import MAX_BEHIND, EngineConfig, Limits, lookahead
 from server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kernels.gpu.attention import SplitScratch
 
 DEFAULT_RUNNING_REQUESTS = 16
 DEFAULT_MAX_MODEL_LEN = 32768
@@ -22,7 +26,8 @@ _CHECKPOINTS_PER_ROW = (4, 1, 0)
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of one of each: a page of all main or all draft layers, a row's states and rings, the hidden states
-    kept for its draft head, a checkpoint; and of all weights and one pass's activations."""
+    kept for its draft head, what a decode step on a GPU needs per row, a checkpoint; and of all weights and one pass's
+    activations."""
 
     weights: int
     draft_weights: int
@@ -31,6 +36,7 @@ class Sizes:
     state: int
     rings: int
     history: int
+    decode: int
     checkpoint: int
     workspace: int
 
@@ -40,7 +46,7 @@ class Sizes:
 
     @property
     def row(self) -> int:
-        return self.state + self.rings + self.history
+        return self.state + self.rings + self.history + self.decode
 
     @property
     def fixed(self) -> int:
@@ -65,13 +71,19 @@ class MemoryPlan:
 
 
 def measure_sizes(
-    config: EngineConfig, model: ModelConfig, num_mtp_layers: int = 0, dtype: torch.dtype = torch.bfloat16
+    config: EngineConfig,
+    model: ModelConfig,
+    num_mtp_layers: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    has_decode_step: bool = False,
 ) -> Sizes:
-    """What one of each thing takes, from tensors without memory."""
+    """What one of each thing takes, from tensors without memory. Where decode steps are the device's alone the draft
+    head never falls behind, but every row has what they need."""
     target, draft = build(model, mtp=num_mtp_layers > 0, dtype=dtype, device="meta")
     kv = KVCache.allocate(model, num_mtp_layers, 1, config.page_size, dtype, "meta")
     gdn = GDNCache.allocate(model, config.mtp_step, 1, dtype, "meta")
     layer_page = kv.data[0].nbytes
+    can_fall_behind = num_mtp_layers == 1 and not has_decode_step
     return Sizes(
         weights=sum(weight.nbytes for weight in target.parameters()),
         draft_weights=sum(weight.nbytes for weight in draft.parameters()) if draft else 0,
@@ -79,10 +91,29 @@ def measure_sizes(
         mtp_page=layer_page * num_mtp_layers,
         state=gdn.state_bytes_per_row,
         rings=gdn.ring_bytes_per_row,
-        history=History.allocate(model, 1, dtype, "meta").bytes_per_row if num_mtp_layers == 1 else 0,
+        history=History.allocate(model, 1, dtype, "meta").bytes_per_row if can_fall_behind else 0,
+        decode=_decode_bytes_per_row(config, model) if has_decode_step else 0,
         checkpoint=GDNCheckpoints.allocate(gdn, 1).bytes_per_slot,
         workspace=_workspace(config, model),
     )
+
+
+def allocate_scratch(
+    config: EngineConfig, model: ModelConfig, num_rows: int, max_len: int, device: str
+) -> "SplitScratch":
+    """What Triton's attention needs for a verify step of num_rows requests of up to max_len tokens."""
+    from kernels.gpu.attention import SplitScratch
+
+    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+    return SplitScratch.allocate(num_rows, *heads, max_len, config.mtp_step + 1, device)
+
+
+def _decode_bytes_per_row(config: EngineConfig, model: ModelConfig) -> int:
+    """Attention's scratch, and how often the output has each token and whether the prompt does."""
+    longest = config.max_model_len or min(model.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    max_len = longest + lookahead(config.mtp_step) + config.page_size
+    scratch = sum(tensor.nbytes for tensor in allocate_scratch(config, model, 1, max_len, "meta"))
+    return scratch + (torch.int32.itemsize + torch.bool.itemsize) * model.vocab_size
 
 
 def _workspace(config: EngineConfig, model: ModelConfig) -> int:
@@ -223,6 +254,8 @@ def describe_memory(plan: MemoryPlan) -> str:
         "GDN checkpoints": sizes.checkpoint * (limits.num_checkpoints + 1),
         "workspace": sizes.workspace,
     }
+    if sizes.decode:
+        rows["decode step"] = sizes.decode * num_rows
     if plan.free_bytes is not None:
         rows["free"] = plan.free_bytes
     if limits.host_cache_bytes:

@@ -4,16 +4,51 @@ R rows (row 0 is padding), P pages of the longest request, K = mtp_step, T = K +
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.cache import Cache
-from models.forward_batch import CacheView, ForwardBatch
-from server.messages import SamplingParams
+from models.forward_batch import CacheView, ForwardBatch, to_device
+from server.messages import MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
 from server.request import Work
 
 MAX_STOP_IDS = 16
+
+
+@dataclass(frozen=True)
+class RuleColumns:
+    """What sampling rules need on the device where no pass is told who has which: has_any [R] bool; bias_ids [R,
+    MAX_BIASES] int64 (-1: none) and bias_values float32; banned_ids [R, MAX_BANNED] int64 (-1: none), which min_tokens
+    bans."""
+
+    has_any: Tensor
+    bias_ids: Tensor
+    bias_values: Tensor
+    banned_ids: Tensor
+
+    @staticmethod
+    def allocate(num_rows: int, num_banned: int, device: str) -> "RuleColumns":
+        return RuleColumns(
+            torch.zeros(num_rows, dtype=torch.bool, device=device),
+            torch.full((num_rows, MAX_BIASES), -1, device=device),
+            torch.zeros(num_rows, MAX_BIASES, device=device),
+            torch.full((num_rows, num_banned), -1, device=device),
+        )
+
+    def write(self, row: int, sampling: SamplingParams, banned_ids: Sequence[int]) -> None:
+        """The row's request is another one now."""
+        device = self.has_any.device
+        self.has_any[row] = has_rules(sampling)
+        biases = sampling.logit_bias
+        self.bias_ids[row] = to_device(_padded(list(biases), MAX_BIASES), device)
+        self.bias_values[row, : len(biases)] = to_device(list(biases.values()), device)
+        self.banned_ids[row] = to_device(_padded(banned_ids, self.banned_ids.shape[1]), device)
+
+
+def _padded(ids: Sequence[int], length: int) -> list[int]:
+    return [*ids, *[-1] * (length - len(ids))]
 
 
 class RequestTable:
@@ -38,6 +73,15 @@ class RequestTable:
         self.repetition, self.frequency, self.presence = self._scales[:, 3:].unbind(1)
         self.output_counts: Tensor | None = None  # [R, V] int32 and [R, V] bool, made for the first penalised request
         self.in_prompt: Tensor | None = None
+        self.rules: RuleColumns | None = None
+        self._eos_ids: tuple[int, ...] = ()
+
+    def keep_rules(self, eos_ids: tuple[int, ...]) -> None:
+        """From now on everything that sampling rules need stands on the device: for decode steps that nobody tells who
+        has rules."""
+        self._eos_ids = eos_ids
+        self.rules = RuleColumns.allocate(len(self.seq_len), MAX_STOP_TOKEN_IDS + len(eos_ids), self.device)
+        self._make_counts()
 
     def admit(self, work: Work) -> None:
         """Make the work's row that of a sequence with `start` tokens and its request's sampling settings.
@@ -51,18 +95,22 @@ class RequestTable:
         self.seq_len[row], self.accept_len[row] = work.start, 0
         prompt_len = len(request.prompt_ids)
         counts = [prompt_len, sampling.min_tokens, sampling.top_k, request.seed, prompt_len + request.max_output]
-        self._counts[row] = torch.tensor(counts, device=self.device)
+        self._counts[row] = to_device(counts, self.device)
         scales = [0.0 if sampling.is_greedy else sampling.temperature, sampling.top_p, sampling.min_p]
         scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
-        self._scales[row] = torch.tensor(scales, device=self.device)
-        stop_ids = sorted(request.stop_ids)[:MAX_STOP_IDS]
-        self.stop_ids[row] = torch.tensor(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), device=self.device)
+        self._scales[row] = to_device(scales, self.device)
+        self.stop_ids[row] = to_device(_padded(sorted(request.stop_ids)[:MAX_STOP_IDS], MAX_STOP_IDS), self.device)
+        if self.rules is not None:
+            self.rules.write(row, sampling, sorted({*self._eos_ids, *sampling.stop_token_ids}))
         if has_penalty(sampling):
             self._count_known_tokens(work)
 
-    def write_pages(self, row: int, first: int, pages: Sequence[int]) -> None:
-        """Add pages to the row's page table from index `first` on."""
-        self.page_table[row, first : first + len(pages)] = torch.tensor(pages, device=self.device)
+    def write_pages(self, works: Sequence[Work]) -> None:
+        """Add the works' new pages to the page tables of their rows."""
+        places = [(work.row, work.first_page + i, page) for work in works for i, page in enumerate(work.pages)]
+        if places:
+            rows, columns, pages = to_device(places, self.device).unbind(1)
+            self.page_table[rows, columns] = pages
 
     def read_ends(self, rows: Tensor, start_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What ends the requests in rows [B], so that a row never runs past it and its state can be kept for the next
@@ -82,7 +130,7 @@ class RequestTable:
             self.seq_len[rows] = view.start_lens + accept_lens
             self.accept_len[rows] = accept_lens
         else:
-            self.seq_len[rows] = view.start_lens + torch.tensor(forward.query_lens, device=rows.device)
+            self.seq_len[rows] = view.start_lens + to_device(forward.query_lens, rows.device)
             self.accept_len[rows] = 0
         self.next_ids[rows, 0] = last_ids
         if drafts.shape[1]:
@@ -97,28 +145,40 @@ class RequestTable:
 
     def _count_known_tokens(self, work: Work) -> None:
         row, request = work.row, work.request
+        self._make_counts()
+        assert self.in_prompt is not None and self.output_counts is not None and work.output_ids is not None
+        self.in_prompt[row] = False
+        self.in_prompt[row, to_device(request.prompt_ids, self.device)] = True
+        self.output_counts[row] = 0
+        outputs = to_device(work.output_ids, self.device).long()
+        self.output_counts[row].scatter_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
+
+    def _make_counts(self) -> None:
         if self.output_counts is None:
             shape = (len(self.seq_len), self.vocab_size)
             self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self.in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        assert self.in_prompt is not None
-        self.in_prompt[row] = False
-        self.in_prompt[row, torch.tensor(request.prompt_ids, device=self.device)] = True
-        outputs = torch.tensor(work.output_ids, dtype=torch.int64, device=self.device)
-        self.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)
 
     def view(self, rows: list[int], is_verify: bool) -> CacheView:
         """The cache as a pass over `rows` sees it."""
-        ids = torch.tensor(rows, device=self.device)
+        return self.view_rows(to_device(rows, self.device), is_verify, tuple(rows))
+
+    def view_rows(self, ids: Tensor, is_verify: bool, rows: tuple[int, ...] = ()) -> CacheView:
+        """`view` of rows [B] int64 that stand on the device, where the host need not know them."""
         return CacheView(
             cache=self.cache,
-            rows=tuple(rows),
+            rows=rows,
             start_lens=self.seq_len[ids],
             accept_lens=self.accept_len[ids],
             page_table=self.page_table[ids],
             is_verify=is_verify,
             row_ids=ids,
         )
+
+
+def has_rules(sampling: SamplingParams) -> bool:
+    """Its logits are changed before a token is drawn."""
+    return bool(sampling.min_tokens or sampling.logit_bias) or has_penalty(sampling)
 
 
 def has_penalty(sampling: SamplingParams) -> bool:

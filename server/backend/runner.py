@@ -4,25 +4,35 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from kernels.cpu.library import load_library
 from models import errors as model_errors
-from models.cache import Cache, GDNCache, History, KVCache
+from models.cache import Backends, Cache, GDNCache, History, KVCache
 from models.config import ModelConfig, load_config
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
 from models.stop_ids import read_stop_ids, read_turn_ids
-from models.weights import load_weights
+from models.weights import fill_randomly, load_weights
 from server.backend.cache_mover import CacheMover
+from server.backend.device import choose_backends, choose_device
 from server.backend.drafter import Drafter
-from server.backend.memory_plan import MemoryPlan, describe_memory, free_memory, measure_sizes, plan_memory
+from server.backend.memory_plan import (
+    MemoryPlan,
+    allocate_scratch,
+    describe_memory,
+    free_memory,
+    measure_sizes,
+    plan_memory,
+)
 from server.backend.request_table import RequestTable
-from server.backend.sampler import Sampler
+from server.backend.sampler import Sampled, Sampler
 from server.config import EngineConfig
 from server.errors import CheckpointError, ConfigError
+from server.request import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +42,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 STATE_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
+class Decode(Protocol):
+    """Runs a decode step of requests whose rows and pages are in the table, and commits it."""
+
+    def run(self, batch: Batch) -> Sampled: ...
+
+
 @dataclass(frozen=True)
 class Runner:
-    """Target, table, sampler, cache mover, and with mtp_step > 0 the drafter. `eos_ids` end a request, `turn_ids` begin
+    """Target, table, sampler, cache mover, and with mtp_step > 0 the drafter; `decode` runs whole decode steps where
+    kernels for that are. `eos_ids` end a request, `turn_ids` begin
     a turn of a chat. `overlaps`: steps run beside the host's work.
     A state may be off by `state_tolerance` of its size because prefill and decode round differently."""
 
@@ -44,6 +61,7 @@ class Runner:
     sampler: Sampler
     mover: CacheMover
     drafter: Drafter | None
+    decode: Decode | None
     plan: MemoryPlan
     eos_ids: tuple[int, ...]
     turn_ids: frozenset[int]
@@ -53,7 +71,7 @@ class Runner:
 
 def build_runner(config: EngineConfig) -> Runner:
     """Load the checkpoint and allocate the caches. Raises ConfigError in one line for whatever cannot be served."""
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     if device == "cpu":
         load_library()  # a first build takes seconds, which no request should wait for
@@ -61,10 +79,15 @@ def build_runner(config: EngineConfig) -> Runner:
         model_config = load_config(config.model)
         dtype = _choose_dtype(config.dtype, model_config)
         num_mtp_layers = _count_chained_layers(config, model_config)
-        sizes = measure_sizes(config, model_config, num_mtp_layers, dtype)
+        backends = choose_backends(config, device, dtype)
+        has_decode_step = backends == Backends("triton", "triton")
+        sizes = measure_sizes(config, model_config, num_mtp_layers, dtype, has_decode_step)
         plan = plan_memory(config, model_config, sizes, free_memory(device))
         target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
-        load_weights(Path(config.model), target, draft)
+        if config.load_format == "dummy":
+            fill_randomly(target, draft)
+        else:
+            load_weights(Path(config.model), target, draft)
         eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
         turn_ids = read_turn_ids(config.model)
     except model_errors.CheckpointError as error:
@@ -72,27 +95,43 @@ def build_runner(config: EngineConfig) -> Runner:
     for model in (target, draft):
         if model is not None:
             model.requires_grad_(False)
-    cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device)
+    cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device, backends)
     num_rows = plan.limits.max_running_requests + 1
     table = RequestTable(cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device)
     sampler = Sampler(table, eos_ids)
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
     mover = CacheMover(table, plan.limits.num_checkpoints)
+    decode = _build_decode(config, target, draft, table, num_mtp_layers, eos_ids) if has_decode_step else None
     logger.info("%s", describe_memory(plan))
     if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
         logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
     overlaps = config.overlap == "on" or (config.overlap == "auto" and device == "cuda")
     return Runner(
-        target, draft, table, sampler, mover, drafter, plan, eos_ids, turn_ids, overlaps, STATE_TOLERANCES[dtype]
+        *(target, draft, table, sampler, mover, drafter, decode, plan, eos_ids, turn_ids, overlaps),
+        STATE_TOLERANCES[dtype],
     )
 
 
-def _choose_device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, torch sees no CUDA device here: use --device cpu")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+def _build_decode(
+    config: EngineConfig,
+    target: Qwen35,
+    draft: Qwen35MTP | None,
+    table: RequestTable,
+    num_mtp_layers: int,
+    eos_ids: tuple[int, ...],
+) -> Decode:
+    from server.backend.decode_graphs import DecodeGraphs, graph_depths  # need Triton
+    from server.backend.decode_step import DecodeStep
+
+    table.keep_rules(eos_ids)
+    step = DecodeStep(target, draft, table, min(num_mtp_layers, config.mtp_step))
+    if table.device != "cuda" or config.disable_cuda_graph:
+        return step
+    most = len(table.seq_len) - 1
+    depths = graph_depths(config.mtp_step, config.speculation == "adaptive")
+    graphs = DecodeGraphs(step, min(most, config.cuda_graph_max_bs or most), depths)
+    graphs.capture()
+    return graphs
 
 
 def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
@@ -111,10 +150,21 @@ def _count_chained_layers(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _allocate_cache(
-    config: EngineConfig, model: ModelConfig, plan: MemoryPlan, num_mtp_layers: int, dtype: torch.dtype, device: str
+    config: EngineConfig,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    num_mtp_layers: int,
+    dtype: torch.dtype,
+    device: str,
+    backends: Backends,
 ) -> Cache:
     num_pages = plan.limits.num_pages + 1
     kv = KVCache.allocate(model, num_mtp_layers, num_pages, config.page_size, dtype, device)
     gdn = GDNCache.allocate(model, config.mtp_step, plan.limits.max_running_requests + 1, dtype, device)
     num_rows = plan.limits.max_running_requests + 1
-    return Cache(kv, gdn, History.allocate(model, num_rows, dtype, device) if plan.limits.max_behind else None)
+    history = History.allocate(model, num_rows, dtype, device) if plan.limits.max_behind else None
+    scratch = None
+    if backends.attention == "triton":
+        max_len = plan.max_pages_per_request * config.page_size
+        scratch = allocate_scratch(config, model, num_rows - 1, max_len, device)
+    return Cache(kv, gdn, history, backends, scratch)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kernels.sampling import apply_penalties, compute_logprobs, draw
 from kernels.speculative import accept
-from models.forward_batch import ForwardBatch
+from models.forward_batch import ForwardBatch, to_device
 from server.backend.batch import last_indices
-from server.backend.request_table import RequestTable, has_penalty
-from server.messages import SamplingParams, TokenLogprobs
+from server.backend.lane import Readback
+from server.backend.pass_result import PassLogprobs
+from server.backend.request_table import RequestTable, has_penalty, has_rules
+from server.messages import SamplingParams
 from server.request import Batch, Work
 
 
@@ -25,9 +27,9 @@ class Sampled:
     """What a pass emits: token_ids [B, T] (T = 1 after prefill, else the widest window; what stands behind a narrower
     one means nothing), accept_lens [B] of them count, 0 inside a prompt.
 
-    match_lens [B] are the same before they are cut at the request's end. next_ids [N] are the tokens again, row by row
-    of the pass (after prefill: one per request). `logits` [N, V] are the raw ones, and is_finite [B] says that all of a
-    request's are numbers.
+    match_lens [B] are the same before they are cut at the request's end. next_ids [N] are the tokens again, row by row:
+    request i has widths[i] rows (after prefill one). `logits` [N, V] are the raw ones, and is_finite [B] says that all
+    of a request's are numbers.
     """
 
     token_ids: Tensor
@@ -36,6 +38,7 @@ class Sampled:
     next_ids: Tensor
     logits: Tensor
     is_finite: Tensor
+    widths: Sequence[int]
 
 
 class Sampler:
@@ -50,7 +53,7 @@ class Sampler:
             return self._sample_windows(logits, forward, batch)
         token_ids = self.draw(logits, batch.works, forward.positions[last_indices(forward)] + 1)
         ends = torch.tensor([work.ends_prompt for work in batch.works], device=logits.device).long()
-        return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits))
+        return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits), [1] * len(ends))
 
     def _sample_windows(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         view, widths, window = forward.view, forward.query_lens, forward.token_ids
@@ -59,10 +62,12 @@ class Sampler:
         is_finite = _is_finite(logits)
         if max(widths) == 1:
             ones = torch.ones_like(next_ids)
-            return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite)
-        accepted = accept(next_ids, window, widths, *self.table.read_ends(view.row_ids, view.start_lens))
+            return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite, widths)
+        ids, match_lens, accept_lens = accept(
+            next_ids, window, widths, *self.table.read_ends(view.row_ids, view.start_lens)
+        )
         is_finite = torch.stack([part.all() for part in is_finite.split(list(widths))])
-        return Sampled(accepted.token_ids, accepted.accept_lens, accepted.match_lens, next_ids, logits, is_finite)
+        return Sampled(ids, accept_lens, match_lens, next_ids, logits, is_finite, widths)
 
     def draw(
         self,
@@ -82,7 +87,7 @@ class Sampler:
         spans = _spans(widths or [1] * len(works))
         rows = torch.tensor([work.row for work, span in zip(works, spans, strict=True) for _ in span])
         rows = rows.to(logits.device)
-        if any(_has_rules(work.sampling) for work in works):
+        if any(has_rules(work.sampling) for work in works):
             logits = self._apply_rules(logits.clone(), works, spans, rows, positions, window)
         table = self.table
         return draw(
@@ -95,23 +100,20 @@ class Sampler:
             positions=positions,
         )
 
-    def read_logprobs(self, sampled: Sampled, batch: Batch) -> list[list[TokenLogprobs]]:
-        """Raw log-probabilities of the emitted tokens, for the requests that asked; [] for the others."""
-        if all(work.sampling.logprobs is None for work in batch.works):
-            return [[] for _ in batch.works]
-        accept_lens = sampled.accept_lens.tolist()
-        results: list[list[TokenLogprobs]] = []
-        first = 0
-        for work, accept_len in zip(batch.works, accept_lens, strict=True):
-            num_top, start = work.sampling.logprobs, first
-            first += work.num_tokens if batch.is_verify else 1
-            if num_top is None or accept_len == 0:
-                results.append([])
-                continue
-            num_top, rows = min(num_top, sampled.logits.shape[-1]), slice(start, start + accept_len)
-            parts = compute_logprobs(sampled.logits[rows], sampled.next_ids[rows], num_top)
-            results.append([TokenLogprobs(*values) for values in zip(*(part.tolist() for part in parts), strict=True)])
-        return results
+    def logprobs(self, sampled: Sampled, batch: Batch) -> PassLogprobs | None:
+        """Raw log-probabilities of the requests that asked, on their way to the host; None if none did."""
+        num_tops = [work.sampling.logprobs for work in batch.works]
+        if all(num_top is None for num_top in num_tops):
+            return None
+        most = min(max(num_top or 0 for num_top in num_tops), sampled.logits.shape[-1])
+        asked: list[int] = []
+        spans = []
+        for num_top, span in zip(num_tops, _spans(sampled.widths), strict=True):
+            spans.append(range(len(asked), len(asked) + (0 if num_top is None else len(span))))
+            asked += [] if num_top is None else list(span)
+        rows = to_device(asked, sampled.logits.device)
+        logits = sampled.logits[rows].to(torch.promote_types(sampled.logits.dtype, torch.float32))
+        return PassLogprobs(num_tops, spans, Readback(*compute_logprobs(logits, sampled.next_ids[rows], most)))
 
     def _apply_rules(
         self,
@@ -191,9 +193,5 @@ def _is_finite(logits: Tensor) -> Tensor:
     return logits.amax(-1).isfinite()
 
 
-def _has_rules(sampling: SamplingParams) -> bool:
-    return bool(sampling.min_tokens or sampling.logit_bias) or has_penalty(sampling)
-
-
 def _is_plain_greedy(sampling: SamplingParams) -> bool:
-    return sampling.is_greedy and not _has_rules(sampling)
+    return sampling.is_greedy and not has_rules(sampling)

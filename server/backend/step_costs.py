@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from models.forward_batch import ForwardBatch
 from server.backend.batch import build_forward_batch
-from server.backend.runner import Runner
+from server.backend.runner import Decode, Runner
 from server.backend.sampler import Sampled
 from server.messages import Generate, SamplingParams
 from server.request import Batch, Request, Work
@@ -27,6 +27,8 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
     """Seconds of a verify pass by (requests, tokens of each), of one more draft by requests, and of the draft head's
     first call by (requests, tokens of each); and of a whole step by requests in which half of them (rounded down) run
     and want one draft, the others none. Rows and the padding page are used for it and left as new ones are."""
+    if runner.decode is not None:
+        return _measure_decode(runner, runner.decode, mtp_step)
     table, drafter = runner.table, runner.drafter
     assert drafter is not None
     batches = list(_batch_sizes(runner.plan.limits.max_running_requests))
@@ -51,6 +53,29 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
             )
     for row in range(1, batches[-1] + 1):
         table.cache.gdn.reset(row)
+    return verify, draft, extend, mixed
+
+
+def _measure_decode(runner: Runner, decode: Decode, mtp_step: int) -> Costs:
+    """The same where a decode step is one piece of work of the device, in which the draft head always runs over all
+    rows: that is part of `verify` here, and `extend` is what the first draft adds."""
+    batches = list(_batch_sizes(runner.plan.limits.max_running_requests))
+    verify, draft, extend, mixed = {}, {}, {}, {}
+
+    def run(batch_size: int, width: int, num_drafts: int) -> float:
+        _place(runner, batch_size)
+        return _time(partial(decode.run, _make_batch(batch_size, width, num_drafts)))
+
+    for batch_size in tqdm(batches, desc="Measuring steps", unit="batch size"):
+        for width in sorted({1, 2, mtp_step + 1}):
+            verify[batch_size, width] = run(batch_size, width, 0)
+            extend[batch_size, width] = max(0.0, run(batch_size, width, 1) - verify[batch_size, width])
+        chain = run(batch_size, width, mtp_step) - verify[batch_size, width] - extend[batch_size, width]
+        draft[batch_size] = max(0.0, chain / max(1, mtp_step - 1))
+        if batch_size > 1:
+            mixed[batch_size] = run(batch_size, 2, 1)
+    for row in range(1, batches[-1] + 1):
+        runner.table.cache.gdn.reset(row)
     return verify, draft, extend, mixed
 
 

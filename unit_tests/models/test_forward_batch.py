@@ -111,7 +111,7 @@ def test_next_tokens_are_one_per_request_over_the_same_cache(cache):
     batch = make_batch(cache, [4, 2], [3, 0], [2, 4])
     following = batch.next_tokens(torch.tensor([7, 8]), torch.tensor([5, 4]))
     assert following.query_lens == (1, 1)
-    assert following.view is batch.view
+    assert following.view.rows == batch.view.rows and following.view.start_lens.tolist() == [5, 4]
     assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0]
 
 
@@ -123,7 +123,8 @@ def test_next_tokens_for_fewer_requests_are_those_of_the_first(count, cache):
     assert following.query_lens == (1,) * count
     assert following.token_ids.tolist() == [7, 8, 9][:count] and following.positions is positions
     assert following.view.rows == (4, 2, 7)[:count]
-    for column in ("start_lens", "accept_lens", "page_table", "row_ids"):
+    assert following.view.start_lens is positions
+    for column in ("accept_lens", "page_table", "row_ids"):
         assert torch.equal(getattr(following.view, column), getattr(batch.view, column)[:count])
     assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0, 8 * PAGE_SIZE + 2][:count]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from models.config import load_config
 from models.errors import CheckpointError
 from models.registry import build
-from models.weights import export_tensors, load_weights, normalise_name, save_weights, update_weights
+from models.weights import export_tensors, fill_randomly, load_weights, normalise_name, save_weights, update_weights
 from unit_tests.checkpoints import make_checkpoint, make_config, make_tensors, write_json
 
 MAIN_FILE = "model.safetensors"
@@ -329,3 +329,17 @@ def test_peak_memory_of_one_big_file_stays_under_weights_and_one_gib(tmp_path):
     grown, weights = measure_loading(tmp_path, 5 << 29)
     assert weights >= 5 << 29
     assert grown < weights + (1 << 30)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_random_weights_fill_every_parameter_and_give_ordinary_numbers(tmp_path: Path, moe: bool) -> None:
+    target, draft = build(load_config(make_checkpoint(tmp_path, moe=moe)), mtp=True, dtype=torch.float32)
+    for parameter in parameters((target, draft)):
+        parameter.fill_(torch.nan)
+    fill_randomly(target, draft)
+    assert all(parameter.isfinite().all() for parameter in parameters((target, draft)))
+    hidden = target.forward_sequence(torch.arange(20)[None])
+    assert hidden.isfinite().all() and 0.1 < float(hidden.detach().std()) < 10
+    before = [parameter.clone() for parameter in parameters((target, draft))]
+    fill_randomly(target, draft)
+    assert all(torch.equal(*pair) for pair in zip(before, parameters((target, draft)), strict=True))

@@ -4,9 +4,17 @@ from dataclasses import replace
 
 import torch
 
-from server.backend.batch import build_forward_batch, following_ids, last_indices
+from models.forward_batch import ForwardBatch
+from server.backend.batch import build_forward_batch, following_ids, last_indices, update_table
+from server.backend.request_table import RequestTable
 from server.request import Batch, Request
 from unit_tests.server.backend.tables import admit, make_request, make_table, prefill_work, verify_work
+
+
+def run_build(batch: Batch, table: RequestTable) -> ForwardBatch:
+    """As the engine does."""
+    update_table(batch, table)
+    return build_forward_batch(batch, table)
 
 
 def place(request: Request, num_computed: int) -> Request:
@@ -20,7 +28,7 @@ def test_a_prefill_brings_each_requests_known_tokens_from_where_it_stands() -> N
     admit(table, resumed)
     table.seq_len[2] = 2
     works = [prefill_work(first, 2, (7, 8), is_new=True), prefill_work(resumed, 3, (3, 9, 1))]
-    forward = build_forward_batch(Batch(works, is_verify=False), table)
+    forward = run_build(Batch(works, is_verify=False), table)
     assert forward.token_ids.tolist() == [10, 11, 3, 5, 6]
     assert forward.positions.tolist() == [0, 1, 2, 3, 4]
     assert forward.query_lens == (2, 3)
@@ -34,12 +42,12 @@ def test_a_prefill_brings_each_requests_known_tokens_from_where_it_stands() -> N
 def test_the_first_chunk_admits_the_request_and_later_ones_keep_its_state() -> None:
     table = make_table()
     request = make_request(3, [1, 2, 3, 4], temperature=0.5)
-    build_forward_batch(Batch([prefill_work(request, 2, (6,), is_new=True)], is_verify=False), table)
+    run_build(Batch([prefill_work(request, 2, (6,), is_new=True)], is_verify=False), table)
     assert table.temperature[3] == 0.5 and (table.cache.gdn.state[:, 3] == 0).all()
     table.cache.gdn.state[:, 3] = 5
     table.seq_len[3] = 2
     work = replace(prefill_work(place(request, 2), 2, (2,)), first_page=1)
-    view = build_forward_batch(Batch([work], is_verify=False), table).view
+    view = run_build(Batch([work], is_verify=False), table).view
     assert (table.cache.gdn.state[:, 3] == 5).all()
     assert view is not None and view.start_lens.tolist() == [2] and view.page_table.tolist() == [[6, 2, 0, 0, 0]]
 
@@ -52,7 +60,7 @@ def test_a_verify_batch_takes_tokens_and_lengths_from_the_table() -> None:
     table.seq_len[torch.tensor([5, 1])] = torch.tensor([12, 6])
     table.accept_len[torch.tensor([5, 1])] = torch.tensor([3, 1])
     table.next_ids[torch.tensor([5, 1])] = torch.tensor([[14, 15, 16], [17, 18, 19]])
-    forward = build_forward_batch(
+    forward = run_build(
         Batch([verify_work(one, 3, pages=(one.row or 0, 9 + one.row)) for one in requests], is_verify=True), table
     )
     assert forward.token_ids.tolist() == [14, 15, 16, 17, 18, 19]
@@ -72,7 +80,7 @@ def test_windows_of_different_widths_take_their_first_drafts() -> None:
     table.seq_len[torch.tensor([5, 1, 3])] = torch.tensor([12, 6, 2])
     table.next_ids[torch.tensor([5, 1, 3])] = torch.tensor([[14, 15, 16], [17, 18, 19], [7, 8, 9]])
     works = [verify_work(request, count) for request, count in zip(requests, (3, 3, 1), strict=True)]
-    forward = build_forward_batch(Batch(works, is_verify=True), table)
+    forward = run_build(Batch(works, is_verify=True), table)
     assert forward.token_ids.tolist() == [14, 15, 16, 17, 18, 19, 7]
     assert forward.positions.tolist() == [12, 13, 14, 6, 7, 8, 2]
     assert forward.query_lens == (3, 3, 1)
@@ -83,7 +91,7 @@ def test_the_last_token_of_each_request_is_found() -> None:
     works = [
         prefill_work(make_request(row, [1, 2, 3, 4]), count, is_new=True) for row, count in ((1, 4), (2, 1), (3, 3))
     ]
-    forward = build_forward_batch(Batch(works, is_verify=False), table)
+    forward = run_build(Batch(works, is_verify=False), table)
     assert last_indices(forward).tolist() == [3, 4, 7]
 
 

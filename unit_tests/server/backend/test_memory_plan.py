@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.cache import HISTORY_LEN
 from models.config import parse_config
@@ -24,7 +25,7 @@ def plan(max_positions: int = 4096, **settings: Any) -> MemoryPlan:
 
 MODEL = parse_config(make_config(num_layers=4) | {"max_position_embeddings": 4096})
 # Easy to add up: bytes in whole MiB.
-ROUND_SIZES = Sizes(*(size * MIB for size in (300, 40, 2, 1, 20, 3, 1, 25, 60)))
+ROUND_SIZES = Sizes(*(size * MIB for size in (300, 40, 2, 1, 20, 3, 1, 0, 25, 60)))
 
 
 def plan_within(free_bytes: int, **settings: Any) -> MemoryPlan:
@@ -355,3 +356,12 @@ def test_a_budget_for_less_than_one_checkpoint_is_refused() -> None:
         plan_memory(config, MODEL, sizes)
     enough = EngineConfig(checkpoint_bytes=sizes.checkpoint, max_model_len=500)
     assert plan_memory(enough, MODEL, sizes).limits.num_checkpoints == 1
+
+
+def test_a_decode_step_on_a_gpu_costs_memory_per_row_and_lets_no_draft_head_fall_behind() -> None:
+    config = EngineConfig(mtp_step=2, max_model_len=512)
+    plain, with_step = (measure_sizes(config, MODEL, 1, torch.bfloat16, has_step) for has_step in (False, True))
+    assert plain.decode == 0 and plain.history > 0 and with_step.history == 0
+    assert with_step.decode > 5 * MODEL.vocab_size, "counts of every token, and attention's scratch"
+    assert plan_memory(config, MODEL, with_step).limits.max_behind == 0
+    assert "decode step" in describe_memory(plan_memory(config, MODEL, with_step))

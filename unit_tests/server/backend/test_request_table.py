@@ -1,6 +1,7 @@
 """One row per request: what `admit` resets, what `commit` advances, and what penalties count."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,21 @@ def test_without_drafts_only_the_newest_token_waits() -> None:
 
 def test_pages_are_added_as_a_request_gets_them_and_forgotten_with_its_row() -> None:
     table = make_table()
-    admit(table, make_request(1, [1]))
-    table.write_pages(1, 0, [5, 9])
+    request = make_request(1, [1])
+    admit(table, request)
+    table.write_pages([replace(prefill_work(request, 1), first_page=0, pages=(5, 9))])
     assert table.page_table[1].tolist() == [5, 9, 0, 0, 0]
-    table.write_pages(1, 2, [2])
+    other = make_request(2, [1])
+    works = [
+        replace(prefill_work(request, 1), first_page=2, pages=(2,)),
+        prefill_work(other, 1),
+        prefill_work(other, 1),
+    ]
+    table.write_pages([*works[:2], replace(works[2], pages=(7,))])
+    assert table.page_table[2].tolist() == [7, 9, 9, 9, 9]
     assert table.page_table[1].tolist() == [5, 9, 2, 0, 0]
     admit(table, make_request(1, [2]))
-    table.write_pages(1, 0, [3, 4])
+    table.write_pages([replace(prefill_work(request, 1), pages=(3, 4))])
     assert table.page_table[1].tolist() == [3, 4, 0, 0, 0]
 
 

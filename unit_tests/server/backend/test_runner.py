@@ -9,7 +9,8 @@ import torch
 
 from models import errors as model_errors
 from models.weights import load_weights
-from server.backend.runner import Runner, _choose_device, build_runner
+from server.backend.device import choose_device
+from server.backend.runner import Runner, build_runner
 from server.config import EngineConfig
 from server.errors import CheckpointError, ConfigError
 from unit_tests.checkpoints import ENDOFTEXT, IM_END, make_checkpoint
@@ -109,7 +110,10 @@ def test_the_device_is_the_one_asked_for_or_the_best_there_is(
     monkeypatch: pytest.MonkeyPatch, name: str, has_cuda: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    assert _choose_device(name) == expected
+    monkeypatch.setattr("server.backend.device.check_gpu", lambda *args: None)
+    for name_of in ("get_device_name", "get_device_capability", "get_arch_list"):
+        monkeypatch.setattr(torch.cuda, name_of, lambda: None)
+    assert choose_device(name) == expected
 
 
 def test_cuda_without_a_device_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +163,12 @@ def test_a_memory_plan_that_does_not_fit_is_refused_before_weights_are_read(tmp_
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--max-total-tokens"):
         make_runner(tmp_path, max_total_tokens=8)
+
+
+def test_dummy_weights_need_no_file_but_the_config(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(ConfigError):
+        make_runner(tmp_path)
+    runner = make_runner(tmp_path, load_format="dummy", mtp_step=1)
+    assert runner.draft is not None
+    assert all(weight.isfinite().all() for model in (runner.target, runner.draft) for weight in model.parameters())

@@ -233,7 +233,9 @@ def test_logprobs_are_the_raw_ones_of_emitted_tokens_for_those_who_asked() -> No
     sampler, logits = make_sampler(requests), draw_logits(4, 4, seed=9)
     forward, batch = verify_pass(requests, [[6, 6, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
     sampled = replace(sampler.sample(logits.flatten(0, 1), forward, batch), accept_lens=torch.tensor([3, 2, 4, 0]))
-    results = sampler.read_logprobs(sampled, batch)
+    logprobs_of_pass = sampler.logprobs(sampled, batch)
+    assert logprobs_of_pass is not None
+    results = logprobs_of_pass.read(sampled.accept_lens.tolist())
     assert [len(entries) for entries in results] == [3, 0, 4, 0]
     logprobs = logits.log_softmax(-1)
     for index, num_top in ((0, 3), (2, 0)):

@@ -1,0 +1,57 @@
+"""Where a checkpoint can run, and with whose kernels. Every refusal is one line that says what would work."""
+
+import importlib.util
+
+import torch
+
+from kernels.gpu.dispatch import runs_triton
+from models.cache import Backends
+from server.config import EngineConfig
+from server.errors import ConfigError
+
+# bfloat16 arithmetic begins with Ampere.
+LEAST_CAPABILITY = (8, 0)
+
+
+def choose_device(name: str) -> str:
+    """ "cuda" or "cpu". Raises ConfigError for a GPU that is not there or cannot run this."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, torch sees no CUDA device here: use --device cpu")
+    device = "cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name
+    if device == "cuda":
+        check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
+    return device
+
+
+def check_gpu(name: str, capability: tuple[int, int], built_for: list[str]) -> None:
+    """Raises ConfigError for a GPU that is too old, or that this torch was not built for."""
+    major, minor = capability
+    if capability < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ConfigError(
+            f"the GPU {name} has compute capability {major}.{minor}, at least {least} is needed: use --device cpu"
+        )
+    # Code for sm_80 runs on sm_86 and sm_89, too; PTX (compute_*) on everything newer.
+    of_family = [arch.removeprefix(f"sm_{major}").rstrip("af") for arch in built_for if arch.startswith(f"sm_{major}")]
+    runs = any(rest.isdigit() and int(rest) <= minor for rest in of_family)
+    if not runs and not any(arch.startswith("compute_") for arch in built_for):
+        raise ConfigError(
+            f"this torch is built for {' '.join(built_for)}, the GPU {name} is sm_{major}{minor}: install a torch "
+            "build for it, or use --device cpu"
+        )
+
+
+def choose_backends(config: EngineConfig, device: str, dtype: torch.dtype) -> Backends:
+    """Whose kernels run attention and delta nets. Raises ConfigError for what cannot be had."""
+    with torch.no_grad():
+        can_run = runs_triton(torch.empty(0, dtype=dtype, device=device))
+    chosen = {}
+    for flag in ("attention", "gdn"):
+        asked = getattr(config, f"{flag}_backend")
+        if asked == "triton" and not can_run:
+            reason = "float64 is torch's alone" if device == "cuda" else f"Triton's kernels do not run on the {device}"
+            raise ConfigError(f"--{flag}-backend is triton, but {reason}: use --{flag}-backend torch, or auto")
+        chosen[flag] = "triton" if asked != "torch" and can_run else "torch"
+    if can_run and importlib.util.find_spec("triton") is None:
+        raise ConfigError("a GPU is served with Triton, which is not installed: pip install '.[cuda]'")
+    return Backends(**chosen)

@@ -1,0 +1,82 @@
+"""The lossless suite again with Triton's kernels, interpreted on the CPU: the engine runs as on a GPU but for graphs.
+
+The tokens must be those of the C++ kernels in float32, for every mtp_step, chunk size and batch, with aborts,
+preemption, reused prefixes, overlap and depths that change in every step. About four minutes on two cores.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.gpu.dispatch import triton_takes
+from server.backend.decode_step import DecodeStep
+from server.engine import Engine
+from server.messages import SamplingParams
+from unit_tests.checkpoints import make_checkpoint
+from unit_tests.server.engines import generate, make_engine, make_prompts
+from unit_tests.server.test_lossless import serve_with_aborts
+from unit_tests.server.test_lossless_modes import make_conversations, next_turn, serve, use_random_depths
+
+pytestmark = pytest.mark.slow
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+SEEDED = SamplingParams(temperature=1, max_tokens=6, ignore_eos=True, seed=11, presence_penalty=0.5)
+PROMPTS = make_prompts(6, 40, 256, seed=1)
+EACH = [GREEDY, SEEDED] * 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("triton"), num_layers=4, close_draft=True)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> Callable[[Any], list[list[int]]]:
+    """Tokens without speculation, by the C++ kernels."""
+    engine = make_engine(checkpoint, dtype="float32")
+    return lambda params: generate(engine, PROMPTS, params)
+
+
+def make_triton_engine(checkpoint: Path, **settings: Any) -> Engine:
+    engine = make_engine(checkpoint, dtype="float32", **settings)
+    assert isinstance(engine.runner.decode, DecodeStep)
+    return engine
+
+
+@pytest.mark.parametrize(("mtp_step", "chunk_size"), [(0, 7), (1, 64), (2, 512), (3, 7), (4, 64)])
+def test_greedy_and_seeded_tokens_do_not_depend_on_drafts_or_chunks(
+    checkpoint: Path, plain: Callable[[Any], list[list[int]]], mtp_step: int, chunk_size: int
+) -> None:
+    with triton_takes("cpu"):
+        engine = make_triton_engine(checkpoint, mtp_step=mtp_step, chunked_prefill_size=chunk_size)
+        assert generate(engine, PROMPTS, EACH) == plain(EACH)
+    assert (engine.scheduler.counters.num_accepted > 0) == (mtp_step > 0)
+
+
+def test_aborts_and_preemption_leave_the_others_tokens(
+    checkpoint: Path, plain: Callable[[Any], list[list[int]]]
+) -> None:
+    with triton_takes("cpu"):
+        engine = make_triton_engine(
+            checkpoint, mtp_step=3, chunked_prefill_size=16, max_model_len=80, max_total_tokens=160, page_size=8
+        )
+        assert serve_with_aborts(engine, PROMPTS, GREEDY) == plain(GREEDY)
+    assert engine.scheduler.counters.num_preemptions > 0
+
+
+def test_reused_prefixes_overlap_and_changing_depths_change_nothing(checkpoint: Path) -> None:
+    engine = make_engine(checkpoint, dtype="float32", max_model_len=400)
+    conversations = [(prompt, GREEDY) for prompt, _ in make_conversations(4, 3)]
+    first = serve(engine, conversations)
+    following = next_turn(conversations, first, 1)
+    second = serve(engine, following)
+    with triton_takes("cpu"):
+        engine = make_triton_engine(
+            checkpoint, mtp_step=2, max_model_len=400, overlap="on", prefix_cache="on", checkpoint_interval=64
+        )
+        use_random_depths(engine, 1)
+        assert serve(engine, conversations) == first
+        assert serve(engine, following) == second
+    assert engine.scheduler.cache.counters.num_hits >= 3
