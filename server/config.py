@@ -54,7 +54,9 @@ class EngineConfig:
         ("auto", "on", "off"),
     )
     max_running_requests: int | None = _setting(
-        None, "requests that decode at the same time (rows of the request table); default: 16, fewer if memory is short"
+        None,
+        "requests that decode at the same time (rows of the request table); default: 16 (GPU: 128), fewer if memory is "
+        "short",
     )
     chunked_prefill_size: int = _setting(512, "prompt tokens per engine step, at most")
     stream_slowdown: float = _setting(
@@ -76,7 +78,9 @@ class EngineConfig:
         None, "prompt + output tokens per request, at most; default: the checkpoint's, at most 32768"
     )
     max_total_tokens: int | None = _setting(
-        None, "tokens the KV cache holds over all requests; default: what max-running-requests can use, at most 65536"
+        None,
+        "tokens the KV cache holds over all requests; default: what max-running-requests can use, at most 65536 "
+        "(GPU: 524288)",
     )
     attention_backend: str = _setting(
         "auto", "kernels of the attention layers; auto: triton on a GPU, torch elsewhere", ("auto", "triton", "torch")

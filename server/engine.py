@@ -150,7 +150,7 @@ class Engine:
         """Penalties of the drafts and of later steps need to know what this one emitted."""
         which = [i for i, work in enumerate(batch.works) if has_penalty(work.sampling)]
         if which:
-            rows = torch.tensor([batch.works[i].row for i in which], device=sampled.token_ids.device)
+            rows = [batch.works[i].row for i in which]
             self.runner.table.count_outputs(rows, sampled.token_ids[which], sampled.accept_lens[which])
 
     def _probe(self) -> None:

@@ -36,7 +36,7 @@ def _gather_windows(next_ids: Tensor, start_lens: Tensor, counts: tuple[int, ...
         ahead = torch.arange(counts[0], device=next_ids.device)
         return next_ids[:, : counts[0]].flatten(), (start_lens[:, None] + ahead).flatten()
     pairs = [(request, ahead) for request, count in enumerate(counts) for ahead in range(count)]
-    requests, ahead = torch.tensor(pairs, device=next_ids.device).unbind(1)
+    requests, ahead = to_device(pairs, next_ids.device).unbind(1)
     return next_ids[requests, ahead], start_lens[requests] + ahead
 
 

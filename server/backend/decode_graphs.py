@@ -17,13 +17,11 @@ from tqdm import tqdm
 
 from models.forward_batch import to_device
 from server.backend.decode_step import DecodeStep
+from server.backend.device import MIB, within_memory
 from server.backend.sampler import Sampled
-from server.errors import ConfigError
 from server.request import Batch
 
 logger = logging.getLogger(__name__)
-
-MIB = 2**20
 
 # Runs a function once and gives what repeats it, and the tensors in which every repetition leaves its results.
 Capture = Callable[[Callable[[], Sampled]], tuple[Callable[[], None], Sampled]]
@@ -45,14 +43,11 @@ class DecodeGraphs:
         start, keys = time.perf_counter(), self._keys()
         for size, num_tokens, num_drafts in tqdm(keys, desc="Capturing decode steps", unit="graph"):
             rows, widths = self._rows[:size], self._widths[:size]
-            try:
+            part = f"the decode graph of {size} requests with {num_tokens} rows each"
+            logits_bytes = size * num_tokens * self.step.table.vocab_size * self.step.target.lm_head.weight.itemsize
+            with within_memory(part, logits_bytes, "lower --cuda-graph-max-bs or --mem-fraction-static"):
                 step = partial(self.step, rows, widths, num_tokens, num_drafts)
                 self._graphs[size, num_tokens, num_drafts] = self._capture(step)
-            except torch.cuda.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"out of GPU memory while capturing the decode step of {size} requests with {num_tokens} rows each "
-                    f"({error}): lower --cuda-graph-max-bs or --mem-fraction-static"
-                ) from error
         num_bytes = getattr(self._capture, "num_bytes", 0)
         seconds = time.perf_counter() - start
         logger.info("captured %d decode graphs in %.1f s, %.1f MiB", len(keys), seconds, num_bytes / MIB)

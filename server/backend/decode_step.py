@@ -27,6 +27,7 @@ class DecodeStep:
 
     def __init__(self, target: Qwen35, draft: Qwen35MTP | None, table: RequestTable, num_layers: int):
         self.target, self.draft, self.table, self.num_layers = target, draft, table, num_layers
+        self._logits = target.lm_head.weight.new_empty(table.next_ids.numel(), table.vocab_size)
         self.sampling = sampling_table(table)
         self.commits = commit_table(table)
 
@@ -47,7 +48,7 @@ class DecodeStep:
         positions = (view.start_lens[:, None] + ahead).flatten()
         forward = ForwardBatch(window, positions, (num_tokens,) * batch, view)
         hidden = self.target(forward)  # [B · T, H]: KV is written, GDN folds the accepted tokens, then verifies
-        logits = self.target.lm_head(hidden)  # [B · T, V]
+        logits = self._compute_logits(hidden)  # [B · T, V]
         each = rows.repeat_interleave(num_tokens)
         token_ids, is_finite = draw(logits, self.sampling, each, positions + 1, window, num_tokens)
         match_lens, accept_lens = accept_and_commit(token_ids, window, widths, rows, self.commits)
@@ -56,6 +57,13 @@ class DecodeStep:
             self._propose(self.draft, hidden, token_ids, last, forward, num_drafts)
         by_request, finite = token_ids.view(batch, -1), is_finite.view(batch, -1).all(1)
         return Sampled(by_request, accept_lens, match_lens, token_ids, logits, finite, [num_tokens] * batch)
+
+    def _compute_logits(self, hidden: Tensor) -> Tensor:
+        """In memory of their own, shared by all graphs, because log-probabilities are taken from them afterwards."""
+        logits = self._logits[: len(hidden)]
+        if hidden.is_cuda:
+            return torch.mm(hidden, self.target.lm_head.weight.t(), out=logits)
+        return logits.copy_(self.target.lm_head(hidden))
 
     def _propose(
         self, draft: Qwen35MTP, state: Tensor, next_ids: Tensor, last: Tensor, forward: ForwardBatch, num_drafts: int

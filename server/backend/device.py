@@ -1,6 +1,8 @@
 """Where a checkpoint can run, and with whose kernels. Every refusal is one line that says what would work."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +13,7 @@ from server.errors import ConfigError
 
 # bfloat16 arithmetic begins with Ampere.
 LEAST_CAPABILITY = (8, 0)
+MIB = 2**20
 
 
 def choose_device(name: str) -> str:
@@ -39,6 +42,21 @@ def check_gpu(name: str, capability: tuple[int, int], built_for: list[str]) -> N
             f"this torch is built for {' '.join(built_for)}, the GPU {name} is sm_{major}{minor}: install a torch "
             "build for it, or use --device cpu"
         )
+
+
+@contextmanager
+def within_memory(part: str, num_bytes: int, mend: str) -> Iterator[None]:
+    """Turns running out of GPU memory inside into one line: what for, how much of it was wanted, what would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of GPU memory for {part}, which takes {num_bytes / MIB:.1f} MiB ({_first_line(error)}): {mend}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split(". ")[0].splitlines()[0]
 
 
 def choose_backends(config: EngineConfig, device: str, dtype: torch.dtype) -> Backends:

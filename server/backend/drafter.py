@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.speculative import roll_next_ids
 from models.cache import HISTORY_LEN
-from models.forward_batch import ForwardBatch
+from models.forward_batch import ForwardBatch, to_device
 from models.qwen3_5_mtp.model import Qwen35MTP
 from server.backend.batch import following_ids, last_indices
 from server.backend.sampler import Sampled, Sampler
@@ -102,7 +102,7 @@ class Drafter:
         if batch.is_verify:
             return self._extend_windows(hidden, sampled, forward, batch)
         device = forward.token_ids.device
-        known = torch.tensor(following_ids(batch, self.num_layers), device=device)
+        known = to_device(following_ids(batch, self.num_layers), device)
         last = last_indices(forward)
         newest = torch.where(known[:, 0] >= 0, known[:, 0], sampled.token_ids[:, 0])
         next_ids = roll_next_ids(forward.token_ids, last, newest)
@@ -116,7 +116,7 @@ class Drafter:
         active = [index for index, work in enumerate(works) if not work.is_idle]
         # Equal lengths side by side, too: torch attends to them at once.
         active.sort(key=lambda index: (-works[index].num_drafts, works[index].num_behind + works[index].num_tokens))
-        first = last_indices(forward) + 1 - torch.tensor(forward.query_lens, device=device)
+        first = last_indices(forward) + 1 - to_device(forward.query_lens, device)
         nothing = first.new_full((len(works), self.num_layers), -1)
         rows = _Extension(works, first, forward, sampled.next_ids, hidden, first + sampled.accept_lens - 1, nothing)
         if active == list(range(len(works))) and not any(work.num_behind for work in works):
@@ -139,16 +139,16 @@ class Drafter:
             where += range(len(behind) + starts[index], len(behind) + starts[index + 1])
             num_missed += work.num_behind
             counts.append(work.num_behind + forward.query_lens[index])
-        chosen, source = torch.tensor(order, device=device), torch.tensor(where, device=device)
+        chosen, source = to_device(order, device), to_device(where, device)
         positions, next_ids, states = forward.positions, rows.next_ids, rows.states
         if behind:
-            requests, ago = torch.tensor(behind, device=device).unbind(1)
+            requests, ago = to_device(behind, device).unbind(1)
             past, rows_of, history = view.start_lens[requests] - ago, view.row_ids[requests], view.cache.history
             assert history is not None
             positions = torch.cat([past, positions])
             next_ids = torch.cat([history.token_ids[rows_of, (past + 1) % HISTORY_LEN], next_ids])
             states = torch.cat([history.hidden[rows_of, past % HISTORY_LEN], states])
-        last = rows.last[chosen] + torch.tensor(shifts, device=device)
+        last = rows.last[chosen] + to_device(shifts, device)
         picked = ForwardBatch(next_ids[source], positions[source], tuple(counts), view.pick(order))
         return _Extension(works, chosen, picked, picked.token_ids, states[source], last, rows.known[chosen])
 

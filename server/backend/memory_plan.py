@@ -15,9 +15,10 @@ from server.errors import ConfigError
 if TYPE_CHECKING:
     from kernels.gpu.attention import SplitScratch
 
-DEFAULT_RUNNING_REQUESTS = 16
+# If nothing else is asked for and memory allows: on a CPU, and where a decode step is one launch of a GPU.
+DEFAULT_RUNNING_REQUESTS, DEFAULT_GPU_REQUESTS = 16, 128
 DEFAULT_MAX_MODEL_LEN = 32768
-DEFAULT_MAX_TOTAL_TOKENS = 65536
+DEFAULT_MAX_TOTAL_TOKENS, DEFAULT_GPU_TOKENS = 65536, 524288
 MIB = 2**20
 # Checkpoints per row, if nothing else is asked for: as many as memory allows.
 _CHECKPOINTS_PER_ROW = (4, 1, 0)
@@ -69,6 +70,12 @@ class MemoryPlan:
     sizes: Sizes
     free_bytes: int | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything."""
+        limits = self.limits
+        return self.sizes.total(limits.max_running_requests, limits.num_pages, limits.num_checkpoints)
+
 
 def measure_sizes(
     config: EngineConfig,
@@ -94,7 +101,7 @@ def measure_sizes(
         history=History.allocate(model, 1, dtype, "meta").bytes_per_row if can_fall_behind else 0,
         decode=_decode_bytes_per_row(config, model) if has_decode_step else 0,
         checkpoint=GDNCheckpoints.allocate(gdn, 1).bytes_per_slot,
-        workspace=_workspace(config, model),
+        workspace=_workspace(config, model, has_decode_step),
     )
 
 
@@ -116,10 +123,14 @@ def _decode_bytes_per_row(config: EngineConfig, model: ModelConfig) -> int:
     return scratch + (torch.int32.itemsize + torch.bool.itemsize) * model.vocab_size
 
 
-def _workspace(config: EngineConfig, model: ModelConfig) -> int:
+def _most_rows(config: EngineConfig, has_decode_step: bool) -> int:
+    return config.max_running_requests or (DEFAULT_GPU_REQUESTS if has_decode_step else DEFAULT_RUNNING_REQUESTS)
+
+
+def _workspace(config: EngineConfig, model: ModelConfig, has_decode_step: bool) -> int:
     """Bytes of what lives during one pass: float32 logits of the rows, before and after their rules, or a chunk's
     activations of one layer."""
-    num_rows = (config.max_running_requests or DEFAULT_RUNNING_REQUESTS) * (config.mtp_step + 1)
+    num_rows = _most_rows(config, has_decode_step) * (config.mtp_step + 1)
     per_token = 4 * model.hidden_size + 3 * max(model.intermediate_size, model.conv_channels, 2 * model.hidden_size)
     return 4 * (2 * num_rows * model.vocab_size + config.chunked_prefill_size * per_token)
 
@@ -160,7 +171,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_byt
 
 def _choices(config: EngineConfig, longest: int, sizes: Sizes) -> list[tuple[int, int, int]]:
     """(rows, pages, checkpoints) that could be had, the best first. `longest` tokens are a whole request's."""
-    rows = config.max_running_requests or DEFAULT_RUNNING_REQUESTS
+    rows = _most_rows(config, sizes.decode > 0)
+    most_tokens = DEFAULT_GPU_TOKENS if sizes.decode else DEFAULT_MAX_TOTAL_TOKENS
     some_rows = [rows] if config.max_running_requests else range(rows, 0, -1)
     if config.prefix_cache == "off":
         checkpoints: tuple[int, ...] | None = (0,)
@@ -171,7 +183,7 @@ def _choices(config: EngineConfig, longest: int, sizes: Sizes) -> list[tuple[int
     choices = []
     for count in some_rows:
         for num_checkpoints in checkpoints or tuple(each * count for each in _CHECKPOINTS_PER_ROW):
-            wanted = min(count * longest, DEFAULT_MAX_TOTAL_TOKENS * count // rows)
+            wanted = min(count * longest, most_tokens * count // rows)
             tokens = config.max_total_tokens or max(longest, wanted)
             choices.append((count, -(-tokens // config.page_size), num_checkpoints))
     return choices
@@ -213,7 +225,7 @@ def _describe_shortage(
         return f"{seen}: raise --mem-fraction-static to {fraction:g}"
     left = replace(config, max_running_requests=None, max_total_tokens=None, checkpoint_bytes=None)
     leave = "leave --max-running-requests, --max-total-tokens and --checkpoint-bytes to the server"
-    smallest = replace(sizes, workspace=_workspace(left, model)) if left != config else sizes
+    smallest = replace(sizes, workspace=_workspace(left, model, sizes.decode > 0)) if left != config else sizes
     ahead = lookahead(config.mtp_step)
     if left != config and smallest.total(1, -(-(longest + ahead) // config.page_size), 0) <= budget:
         return f"{seen}: {leave}"
@@ -221,7 +233,7 @@ def _describe_shortage(
     if room > 0:
         return f"{seen}: {leave + ' and ' if left != config else ''}lower --max-model-len to {room}"
     alone = replace(left, max_running_requests=1)
-    smallest = replace(sizes, workspace=_workspace(alone, model))
+    smallest = replace(sizes, workspace=_workspace(alone, model, sizes.decode > 0))
     if smallest.total(1, -(-(longest + ahead) // config.page_size), 0) <= budget:
         others = " and leave --max-total-tokens and --checkpoint-bytes to the server"
         is_more = (config.max_total_tokens, config.checkpoint_bytes) != (None, None)

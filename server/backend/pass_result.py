@@ -27,8 +27,9 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """What lies between the two; on a GPU the stream has passed them."""
+        """What lies between the two; on a GPU this waits until the stream has passed the end."""
         if self._is_cuda:
+            self._end.synchronize()
             return float(self._start.elapsed_time(self._end)) / 1e3
         return float(self._end - self._start)
 

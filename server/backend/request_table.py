@@ -136,11 +136,11 @@ class RequestTable:
         if drafts.shape[1]:
             self.next_ids[rows, 1 : 1 + drafts.shape[1]] = drafts
 
-    def count_outputs(self, rows: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
+    def count_outputs(self, rows: Sequence[int], token_ids: Tensor, accept_lens: Tensor) -> None:
         """Add the emitted tokens to the penalty counts: token_ids [B, T], of which accept_lens [B] are emitted."""
         assert self.output_counts is not None
-        is_emitted = torch.arange(token_ids.shape[1], device=rows.device) < accept_lens[:, None]
-        flat = rows[:, None] * self.vocab_size + token_ids
+        is_emitted = torch.arange(token_ids.shape[1], device=token_ids.device) < accept_lens[:, None]
+        flat = to_device(rows, self.device)[:, None] * self.vocab_size + token_ids
         self.output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
 
     def _count_known_tokens(self, work: Work) -> None:

@@ -18,7 +18,7 @@ from models.registry import build
 from models.stop_ids import read_stop_ids, read_turn_ids
 from models.weights import fill_randomly, load_weights
 from server.backend.cache_mover import CacheMover
-from server.backend.device import choose_backends, choose_device
+from server.backend.device import choose_backends, choose_device, within_memory
 from server.backend.drafter import Drafter
 from server.backend.memory_plan import (
     MemoryPlan,
@@ -83,11 +83,13 @@ def build_runner(config: EngineConfig) -> Runner:
         has_decode_step = backends == Backends("triton", "triton")
         sizes = measure_sizes(config, model_config, num_mtp_layers, dtype, has_decode_step)
         plan = plan_memory(config, model_config, sizes, free_memory(device))
-        target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
-        if config.load_format == "dummy":
-            fill_randomly(target, draft)
-        else:
-            load_weights(Path(config.model), target, draft)
+        num_bytes = sizes.weights + sizes.draft_weights
+        with within_memory("weights", num_bytes, "serve a smaller checkpoint, or free the GPU of other processes"):
+            target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
+            if config.load_format == "dummy":
+                fill_randomly(target, draft)
+            else:
+                load_weights(Path(config.model), target, draft)
         eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
         turn_ids = read_turn_ids(config.model)
     except model_errors.CheckpointError as error:
@@ -95,7 +97,8 @@ def build_runner(config: EngineConfig) -> Runner:
     for model in (target, draft):
         if model is not None:
             model.requires_grad_(False)
-    cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device, backends)
+    with within_memory("caches", plan.num_bytes - num_bytes, "lower --mem-fraction-static or --max-running-requests"):
+        cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device, backends)
     num_rows = plan.limits.max_running_requests + 1
     table = RequestTable(cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device)
     sampler = Sampler(table, eos_ids)

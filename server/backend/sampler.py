@@ -52,7 +52,7 @@ class Sampler:
         if batch.is_verify:
             return self._sample_windows(logits, forward, batch)
         token_ids = self.draw(logits, batch.works, forward.positions[last_indices(forward)] + 1)
-        ends = torch.tensor([work.ends_prompt for work in batch.works], device=logits.device).long()
+        ends = to_device([int(work.ends_prompt) for work in batch.works], logits.device)
         return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits), [1] * len(ends))
 
     def _sample_windows(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
@@ -85,8 +85,9 @@ class Sampler:
         if all(_is_plain_greedy(work.sampling) for work in works):
             return logits.argmax(-1)
         spans = _spans(widths or [1] * len(works))
-        rows = torch.tensor([work.row for work, span in zip(works, spans, strict=True) for _ in span])
-        rows = rows.to(logits.device)
+        rows = to_device([work.row for work, span in zip(works, spans, strict=True) for _ in span], logits.device)
+        if window is None and self.table.rules is not None:
+            return self._draw_by_table(logits, rows, positions)
         if any(has_rules(work.sampling) for work in works):
             logits = self._apply_rules(logits.clone(), works, spans, rows, positions, window)
         table = self.table
@@ -99,6 +100,13 @@ class Sampler:
             seeds=table.seed[rows],
             positions=positions,
         )
+
+    def _draw_by_table(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """`draw` of one token for each of the table's rows [N], without a word from the host."""
+        from kernels.gpu.sampling import draw as draw_triton
+        from server.backend.decode_step import sampling_table
+
+        return draw_triton(logits, sampling_table(self.table), rows, positions, None, 1)[0]
 
     def logprobs(self, sampled: Sampled, batch: Batch) -> PassLogprobs | None:
         """Raw log-probabilities of the requests that asked, on their way to the host; None if none did."""
@@ -131,7 +139,7 @@ class Sampler:
         biases = [(at, *bias) for sampling, span in of_works for bias in sampling.logit_bias.items() for at in span]
         if biases:
             *where, values = zip(*biases, strict=True)
-            added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+            added = to_device(values, logits.device).to(logits.dtype)
             logits.index_put_(_index(logits, *where), added, accumulate=True)
         penalised = [span for sampling, span in of_works if has_penalty(sampling)]
         if penalised:
@@ -185,7 +193,7 @@ def _spans(widths: Sequence[int]) -> list[range]:
 
 
 def _index(like: Tensor, *columns: Sequence[int]) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(column, device=like.device) for column in columns)
+    return tuple(to_device(column, like.device) for column in columns)
 
 
 def _is_finite(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from kernels.gpu.dispatch import triton_takes
 from models.cache import Backends
 from server.backend import device
-from server.backend.device import check_gpu, choose_backends, choose_device
+from server.backend.device import check_gpu, choose_backends, choose_device, within_memory
 from server.config import EngineConfig
 from server.errors import ConfigError
 
@@ -66,3 +66,11 @@ def test_triton_that_cannot_run_is_refused(flag: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match="Triton, which is not installed: pip install"):
             choose_backends(config, "cpu", torch.float32)
+
+
+def test_running_out_of_memory_is_one_line_with_part_bytes_and_mend() -> None:
+    with pytest.raises(ConfigError) as caught, within_memory("weights", 3 * 2**20, "take less"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has 80 GiB.\nSee more")
+    assert caught.value.message == "out of GPU memory for weights, which takes 3.0 MiB (CUDA out of memory): take less"
+    with pytest.raises(ZeroDivisionError), within_memory("weights", 1, "take less"):
+        1 // 0  # noqa: B018

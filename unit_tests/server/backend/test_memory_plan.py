@@ -364,4 +364,6 @@ def test_a_decode_step_on_a_gpu_costs_memory_per_row_and_lets_no_draft_head_fall
     assert plain.decode == 0 and plain.history > 0 and with_step.history == 0
     assert with_step.decode > 5 * MODEL.vocab_size, "counts of every token, and attention's scratch"
     assert plan_memory(config, MODEL, with_step).limits.max_behind == 0
+    limits = plan_memory(EngineConfig(mtp_step=2, max_model_len=512), MODEL, with_step).limits
+    assert limits.max_running_requests == 128 and limits.num_pages * 16 >= 128 * 512
     assert "decode step" in describe_memory(plan_memory(config, MODEL, with_step))
