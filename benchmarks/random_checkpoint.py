@@ -14,6 +14,17 @@ from torch import Tensor
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
+# In all published sizes heads of attention have 256 dimensions, and delta nets 16 key heads, of 128 dimensions.
+_PUBLISHED: dict[str, Any] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "dtype": "bfloat16",
+}
+_PUBLISHED_MOE = {**_PUBLISHED, "num_experts": 256, "num_experts_per_tok": 8, "num_key_value_heads": 2}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
@@ -30,25 +41,80 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
     "0.8B": {
+        **_PUBLISHED,
         "hidden_size": 1024,
         "num_hidden_layers": 24,
-        "vocab_size": 248320,
         "intermediate_size": 3584,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
         "linear_num_value_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "dtype": "bfloat16",
+    },
+}
+
+# Of these only config.json is needed as a rule: their weights are made on the device (`load_format="dummy"`).
+OTHER_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny-moe": {
+        **{name: value for name, value in PRESETS["tiny"].items() if name != "intermediate_size"},
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+    },
+    "4B": {
+        **_PUBLISHED,
+        "hidden_size": 2560,
+        "num_hidden_layers": 32,
+        "intermediate_size": 9216,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 32,
+    },
+    "9B": {
+        **_PUBLISHED,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 12288,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "27B": {
+        **_PUBLISHED,
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "intermediate_size": 17408,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 48,
+        "tie_word_embeddings": False,
+    },
+    "35B-A3B": {
+        **_PUBLISHED_MOE,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "linear_num_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "122B-A10B": {
+        **_PUBLISHED_MOE,
+        "hidden_size": 3072,
+        "num_hidden_layers": 48,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+        "num_attention_heads": 32,
+        "linear_num_value_heads": 64,
+        "tie_word_embeddings": False,
     },
 }
 
 
 def write_random_checkpoint(directory: Path, preset: str) -> None:
-    """A text-only, tied, dense checkpoint with one MTP layer in `directory`: config.json and model.safetensors."""
-    config = _config(PRESETS[preset])
+    """A text-only checkpoint with one MTP layer in `directory`: config.json and model.safetensors."""
+    config = make_config(preset)
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, config["dtype"])
     tensors = {name: _draw(name, shape, dtype, generator) for name, shape in _shapes(config)}
@@ -56,12 +122,15 @@ def write_random_checkpoint(directory: Path, preset: str) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _config(sizes: dict[str, Any]) -> dict[str, Any]:
+def make_config(preset: str) -> dict[str, Any]:
+    """The config.json object of a preset, with one MTP layer; all that `load_format="dummy"` needs."""
+    sizes = {**PRESETS, **OTHER_PRESETS}[preset]
+    is_moe = "num_experts" in sizes
     rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     rope |= {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
     return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
+        "architectures": ["Qwen3_5MoeForCausalLM" if is_moe else "Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_moe_text" if is_moe else "qwen3_5_text",
         "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4,
         "max_position_embeddings": 32768,
@@ -83,6 +152,8 @@ def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torc
 def _shapes(config: dict[str, Any]) -> Shapes:
     hidden, interval = config["hidden_size"], config["full_attention_interval"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
     for layer in range(config["num_hidden_layers"]):
         yield from _layer(f"model.layers.{layer}", config, is_full=(layer + 1) % interval == 0)
@@ -93,13 +164,30 @@ def _shapes(config: dict[str, Any]) -> Shapes:
 
 
 def _layer(prefix: str, config: dict[str, Any], is_full: bool) -> Shapes:
-    hidden, size = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
     yield f"{prefix}.input_layernorm.weight", (hidden,)
     yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
     yield from _attention(f"{prefix}.self_attn", config) if is_full else _delta_net(f"{prefix}.linear_attn", config)
-    yield f"{prefix}.mlp.gate_proj.weight", (size, hidden)
-    yield f"{prefix}.mlp.up_proj.weight", (size, hidden)
-    yield f"{prefix}.mlp.down_proj.weight", (hidden, size)
+    yield from (
+        _experts(f"{prefix}.mlp", config)
+        if "num_experts" in config
+        else _mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+    )
+
+
+def _mlp(prefix: str, hidden: int, size: int) -> Shapes:
+    yield f"{prefix}.gate_proj.weight", (size, hidden)
+    yield f"{prefix}.up_proj.weight", (size, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, size)
+
+
+def _experts(prefix: str, config: dict[str, Any]) -> Shapes:
+    hidden, count, size = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
+    yield f"{prefix}.gate.weight", (count, hidden)
+    yield f"{prefix}.experts.gate_up_proj", (count, 2 * size, hidden)
+    yield f"{prefix}.experts.down_proj", (count, hidden, size)
+    yield from _mlp(f"{prefix}.shared_expert", hidden, config["shared_expert_intermediate_size"])
+    yield f"{prefix}.shared_expert_gate.weight", (1, hidden)
 
 
 def _attention(prefix: str, config: dict[str, Any]) -> Shapes:
