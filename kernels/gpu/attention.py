@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.gpu.dispatch import is_interpreted
 from kernels.gpu.launch import power_of_two
 
-SPLIT = 256  # positions of a split, a multiple of _KV_TILE
+SPLIT = 512  # positions of a split, a multiple of _KV_TILE
 _FAN = 16  # partials that a node of the tree joins
 _KV_TILE = 32
 _MAX_ROWS = 64  # rows of a program
