@@ -26,8 +26,8 @@ from kernels.gpu.launch import power_of_two
 
 _CHUNK = 16
 _PREFILL_COLUMNS = 32
-# Programs per launch above which a program takes more columns of a state.
-_MANY_PROGRAMS = 1024
+# The same for every batch, as the order of the sums over DK follows from the tile: a row's bits depend on no company.
+_VERIFY_COLUMNS = 16
 
 
 class DeltaInputs(NamedTuple):
@@ -59,7 +59,7 @@ def gated_delta_rule_verify(
     out = torch.empty(num_tokens, value_heads, value_dim, dtype=torch.float32, device=state.device)
     if batch == 0:
         return out
-    columns = _verify_columns(batch * value_heads, value_dim)
+    columns = min(_VERIFY_COLUMNS, power_of_two(value_dim))
     _verify_kernel[(triton.cdiv(value_dim, columns), value_heads, batch)](
         *(*inputs, state, *ring, out, rows, start_lens, accept_lens),
         *(inputs.conv.stride(0), inputs.gates.stride(0), key_dim**-0.5),
@@ -123,16 +123,6 @@ def gated_delta_rule_prefill(
         num_stages=1,
     )
     return out
-
-
-def _verify_columns(num_states: int, value_dim: int) -> int:
-    """Few states are cut finely, so that all of the GPU works on them. The sums run over DK alone: no result depends on
-    the cut."""
-    whole = power_of_two(value_dim)
-    for columns in (32, 16):
-        if num_states * triton.cdiv(value_dim, columns) >= _MANY_PROGRAMS:
-            return min(whole, columns)
-    return min(whole, 8)
 
 
 @triton.jit

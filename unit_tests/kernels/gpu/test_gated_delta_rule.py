@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kernels.gated_delta_net import DeltaNetShape
 from kernels.gated_delta_rule import DeltaRing, gated_delta_rule
-from kernels.gpu import gated_delta_rule as kernel
 from kernels.gpu.gated_delta_rule import DeltaInputs, gated_delta_rule_prefill, gated_delta_rule_verify
 from kernels.rms_norm import l2_norm
 
@@ -82,16 +81,6 @@ def test_verify_steps_with_any_accept_lengths_give_the_law_and_the_bits_of_plain
             accepted = [2, 1, 3, 1, 1][step]
             assert torch.equal(out[:accepted], torch.cat(plain)[position : position + accepted])
             position += accepted
-
-
-@pytest.mark.parametrize("columns", [4, 8, 32])
-def test_the_cut_of_the_state_changes_no_bit(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, results = draw_inputs(4, seed=1), []
-    for cut in (16, columns):
-        monkeypatch.setattr(kernel, "_verify_columns", lambda num_states, value_dim, cut=cut: cut)
-        memory = make_memory()
-        results.append([verify(inputs, memory, 0, 0), verify(inputs, memory, 3, 3), memory[0][ROW].clone()])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_padding_rows_give_zero_and_stay_as_they_are() -> None:
