@@ -51,7 +51,8 @@ def norm_rope_store(
     """What stands between an attention layer's projection and its attention: norm and rotate q and k, store k and v.
 
     qkv [N, (2·HQ + 2·HKV)·D]: per query head (query | gate), then keys, then values; q_scale, k_scale [D] are 1 + w;
-    cos, sin [N, 1, D_rot / 2]; kv [2, pages, page_size, HKV, D] is written at slots [N] int64. Returns q [N, HQ, D].
+    cos, sin [N, 1, D_rot / 2]; kv [2, pages, page_size, HKV, D] is written at slots [N] int64. Returns q [N, HQ, D];
+    HQ may be 0, where only keys and values are wanted.
     """
     if runs_triton(qkv):
         from kernels.gpu.rotary import norm_rope_store as norm_rope_store_triton
@@ -74,7 +75,7 @@ def norm_rope_store_torch(
     num_kv_heads, dim = kv.shape[3:]
     kv_size = num_kv_heads * dim
     q_gate, k, v = qkv.split([qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=-1)
-    q = q_gate.unflatten(1, (-1, 2 * dim))[..., :dim]
+    q = q_gate.unflatten(1, (q_gate.shape[1] // (2 * dim), 2 * dim))[..., :dim]
     k, v = (x.unflatten(1, (num_kv_heads, dim)) for x in (k, v))
     store_kv(apply_rotary(rms_norm(k, k_scale, eps), cos, sin), v, kv, slots)
     return apply_rotary(rms_norm(q, q_scale, eps), cos, sin)

@@ -15,6 +15,7 @@ from models.config import ModelConfig
 
 if TYPE_CHECKING:
     from kernels.gpu.attention import SplitScratch
+    from kernels.gpu.flashinfer import AttentionPlanner
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class GDNCheckpoints:
         gdn.state[:, row] = self.state[:, slot]
         gdn.conv_ring[:, row, self._window(gdn, position)] = self.conv_window[:, slot]
 
-    def _window(self, gdn: GDNCache, position: int) -> list[int]:
-        ring_len = gdn.conv_ring.shape[2]
-        return [one % ring_len for one in range(position - gdn.conv_width + 1, position)]
+    def _window(self, gdn: GDNCache, position: int) -> Tensor:
+        positions = torch.arange(position - gdn.conv_width + 1, position, device=gdn.conv_ring.device)
+        return positions % gdn.conv_ring.shape[2]
 
     @property
     def bytes_per_slot(self) -> int:
@@ -163,22 +164,32 @@ class History:
 
 @dataclass(frozen=True)
 class Backends:
-    """Whose kernels run the two mixers of passes over the cache: "torch" or "triton"."""
+    """Whose kernels run the two mixers of passes over the cache: "torch", "triton", or "flashinfer", which is Triton in
+    all but prefill passes."""
 
     attention: str = "torch"
     gdn: str = "torch"
+
+    @property
+    def have_decode_step(self) -> bool:
+        """Triton runs decode steps, so that all of one is work of the device alone."""
+        return "torch" not in (self.attention, self.gdn)
+
+
+TORCH = Backends()
 
 
 @dataclass(frozen=True)
 class Cache:
     """All device state that layers read and write, and whose kernels do it; `history` where a draft head may fall
-    behind, `scratch` for Triton's attention."""
+    behind, `scratch` for Triton's attention, `planner` where FlashInfer runs that of prefill passes."""
 
     kv: KVCache
     gdn: GDNCache
     history: History | None = None
-    backends: Backends = Backends()
+    backends: Backends = TORCH
     scratch: "SplitScratch | None" = None
+    planner: "AttentionPlanner | None" = None
 
 
 def _power_of_two(at_least: int) -> int:

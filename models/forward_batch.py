@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from kernels.cpu.decoder import DecoderPlace
 from kernels.gated_delta_net import Stand, VerifyPlace
 from kernels.gated_delta_rule import Fold
 from models.cache import Cache
+
+if TYPE_CHECKING:
+    from kernels.gpu.flashinfer import PageSpans
 
 _SMALL_STATE_BYTES = 2**17
 
@@ -31,6 +34,7 @@ class CacheView:
     rows: host numbers; start_lens [B] int64: tokens in the cache before this pass; accept_lens [B] int64: how many of
     these the GDN state has not folded yet; page_table [B, P] int64. `is_verify`: the tokens are a guess (one token and
     its drafts), so the GDN layers record them and leave the state before them. row_ids are `rows` on the device.
+    host_starts are start_lens on the host, None where only the device knows them.
     """
 
     cache: Cache
@@ -40,6 +44,7 @@ class CacheView:
     page_table: Tensor
     is_verify: bool
     row_ids: Tensor
+    host_starts: tuple[int, ...] | None = None
 
     def select(self, some: slice) -> "CacheView":
         """The view of some of the requests."""
@@ -50,6 +55,7 @@ class CacheView:
             start_lens=self.start_lens[some],
             accept_lens=self.accept_lens[some],
             page_table=self.page_table[some],
+            host_starts=None if self.host_starts is None else self.host_starts[some],
         )
 
     @property
@@ -59,7 +65,7 @@ class CacheView:
 
     def pick(self, order: list[int]) -> "CacheView":
         """The view of the requests `order`, in this order."""
-        chosen = torch.tensor(order, device=self.start_lens.device)
+        chosen = to_device(order, self.start_lens.device)
         return replace(
             self,
             rows=tuple(self.rows[index] for index in order),
@@ -67,6 +73,7 @@ class CacheView:
             start_lens=self.start_lens[chosen],
             accept_lens=self.accept_lens[chosen],
             page_table=self.page_table[chosen],
+            host_starts=None if self.host_starts is None else tuple(self.host_starts[index] for index in order),
         )
 
     @cached_property
@@ -171,6 +178,17 @@ class ForwardBatch:
         return pages * page_size + self.positions % page_size
 
     @cached_property
+    def page_spans(self) -> "PageSpans | None":
+        """The pages that the requests attend to, for FlashInfer; None where the host does not know how many."""
+        from kernels.gpu.flashinfer import PageSpans
+
+        view = self.view
+        assert view is not None
+        if view.host_starts is None:
+            return None
+        return PageSpans.of(view.page_table, view.cache.kv.page_size, view.host_starts, self.query_lens)
+
+    @cached_property
     def conv_slots(self) -> tuple[Tensor, Tensor]:
         """Where the convolution of a batch with equally many tokens reads its history and records its inputs."""
         view = self.view
@@ -205,5 +223,7 @@ class ForwardBatch:
     def next_tokens(self, token_ids: Tensor, positions: Tensor) -> "ForwardBatch":
         """One more token for each of the first requests at positions [b], over the same cache."""
         count = len(positions)
-        view = None if self.view is None else replace(self.view.select(slice(count)), start_lens=positions)
+        view = self.view
+        if view is not None:
+            view = replace(view.select(slice(count)), start_lens=positions, host_starts=None)
         return ForwardBatch(token_ids, positions, (1,) * count, view)

@@ -83,10 +83,15 @@ class EngineConfig:
         "(GPU: 524288)",
     )
     attention_backend: str = _setting(
-        "auto", "kernels of the attention layers; auto: triton on a GPU, torch elsewhere", ("auto", "triton", "torch")
+        "auto",
+        "kernels of the attention layers; flashinfer: for prefill, with triton's decode step; auto: triton on a GPU, "
+        "torch elsewhere",
+        ("auto", "triton", "flashinfer", "torch"),
     )
     gdn_backend: str = _setting(
-        "auto", "kernels of the Gated DeltaNet layers; auto: as for attention", ("auto", "triton", "torch")
+        "auto",
+        "kernels of the Gated DeltaNet layers; flashinfer, auto: as for attention",
+        ("auto", "triton", "flashinfer", "torch"),
     )
     disable_cuda_graph: bool = _setting(False, "launch the kernels of a decode step one by one")
     cuda_graph_max_bs: int | None = _setting(

@@ -151,7 +151,7 @@ class Engine:
         which = [i for i, work in enumerate(batch.works) if has_penalty(work.sampling)]
         if which:
             rows = [batch.works[i].row for i in which]
-            self.runner.table.count_outputs(rows, sampled.token_ids[which], sampled.accept_lens[which])
+            self.runner.table.count_outputs(rows, which, sampled.token_ids, sampled.accept_lens)
 
     def _probe(self) -> None:
         """Serve one request at start and check its state, so that a broken machine or build is told before it

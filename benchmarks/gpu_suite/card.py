@@ -58,8 +58,10 @@ def capture_graph(function: Callable[[], object], pool: Any = None) -> tuple[Cal
     """What repeats the function, its results' place, and the bytes that its graph keeps. The function runs twice."""
     function()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # A stream of its own: what libraries keep per stream must not end with another graph.
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream()):
         results = function()
     return graph.replay, results, torch.cuda.memory_reserved() - before
 

@@ -26,7 +26,7 @@ SPLIT = 512  # positions of a split, a multiple of _KV_TILE
 _FAN = 16  # partials that a node of the tree joins
 _KV_TILE = 32
 _MAX_ROWS = 64  # rows of a program
-_SAME_TOKENS = 4  # up to so many tokens per request take the same tile shape, hence give the same bits
+_SAME_TOKENS = 4  # a scratch for up to so many tokens per request takes the same tile shape, hence the same bits
 _PROGRAMS = 512  # of a verify launch, about: three or four per multiprocessor
 _JOIN_VALUES = 512  # of each child, at a time
 _LOG2_E = 1.4426950408889634
@@ -81,7 +81,7 @@ def verify_attention(
     query_len, group = num_tokens // batch, num_heads // num_kv_heads
     num_rows, num_splits = query_len * group, triton.cdiv(num_pages * page_size, SPLIT)
     _check_scratch(scratch, batch, num_rows, num_splits)
-    rows_tile = min(_MAX_ROWS, power_of_two(max(16, max(query_len, _SAME_TOKENS) * group)))
+    rows_tile = min(_MAX_ROWS, power_of_two(max(16, scratch.acc.shape[3], _SAME_TOKENS * group)))
     num_tiles = triton.cdiv(num_rows, rows_tile)
     num_programs = max(1, min(num_splits, _PROGRAMS // (batch * num_kv_heads * num_tiles)))
     _verify_kernel[(num_programs, num_kv_heads * num_tiles, batch)](

@@ -3,6 +3,8 @@
 What kernels/gated_delta_net.py composes for other devices. Shapes as there; N tokens of B requests.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from kernels.gated_delta_net import DeltaNetMemory, DeltaNetShape, DeltaNetWeights, Stand
@@ -30,14 +32,16 @@ def gated_delta_net_prefill(
     stand: Stand,
     query_starts: Tensor,
     longest: int,
+    delta_rule: Callable[..., Tensor] = gated_delta_rule_prefill,
 ) -> Tensor:
     """Known tokens: projected [N, ...], request b's from query_starts[b] (int64, on the device) to the next one's, no
-    more than `longest` -> [N, HV·DV]. Five launches; the states stand behind the last tokens afterwards."""
+    more than `longest` -> [N, HV·DV]. Five launches; the states stand behind the last tokens afterwards. `delta_rule`
+    is a function of gated_delta_rule_prefill's contract."""
     qkv, gate, gates = _split(projected, shape, weights)
     where = (stand.rows, stand.start_lens, query_starts, longest)
     conv = causal_conv1d_prefill(qkv, weights.conv, memory.conv_ring, *where)
     inputs = DeltaInputs(conv, gates, weights.a_log, weights.dt_bias)
-    out = gated_delta_rule_prefill(inputs, shape, memory.state, memory.ring, *stand, query_starts, longest)
+    out = delta_rule(inputs, shape, memory.state, memory.ring, *stand, query_starts, longest)
     return gated_rms_norm(out, gate, weights.norm, weights.eps).flatten(1)
 
 

@@ -125,6 +125,25 @@ def gated_delta_rule_prefill(
     return out
 
 
+def fold_states(
+    shape: DeltaNetShape, state: Tensor, ring: DeltaRing, rows: Tensor, start_lens: Tensor, accept_lens: Tensor
+) -> None:
+    """The fold alone, for a prefill that others do: the states then stand at start_lens. Arguments as above."""
+    key_heads, value_heads, key_dim, value_dim = shape
+    columns = min(_VERIFY_COLUMNS, power_of_two(value_dim))
+    _fold_kernel[(triton.cdiv(value_dim, columns), value_heads, len(rows))](
+        *(state, *ring, rows, start_lens, accept_lens),
+        RING_LEN=ring.k.shape[1],
+        HK=key_heads,
+        HV=value_heads,
+        DK=key_dim,
+        DV=value_dim,
+        BK=power_of_two(key_dim),
+        BV=columns,
+        num_warps=1,
+    )
+
+
 @triton.jit
 def _load_gates(gates_ptr, a_log_ptr, dt_bias_ptr, where, mask, head, HV: tl.constexpr):
     """log α and β of tokens at the offsets `where` of gates b | a."""
@@ -155,6 +174,29 @@ def _fold(
 def _update(S, alpha, k, u):
     """α S + k uᵀ, as one explicit fused multiply-add: a fold must round exactly as the verify step did."""
     return tl.fma(tl.broadcast_to(k[:, None], S.shape), tl.broadcast_to(u[None, :], S.shape), S * alpha)
+
+
+@triton.jit
+def _fold_kernel(
+    state_ptr, ring_k_ptr, ring_u_ptr, ring_alpha_ptr, rows_ptr, start_lens_ptr, accept_lens_ptr,
+    RING_LEN: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    tile, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, count = tl.load(start_lens_ptr + request), tl.load(accept_lens_ptr + request)
+    if count == 0:
+        return
+    row = tl.load(rows_ptr + request)
+    k_at, v_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    k_mask, v_mask = k_at < DK, v_at < DV
+    where = state_ptr + (row * HV + head) * DK * DV + k_at[:, None] * DV + v_at[None, :]
+    mask = k_mask[:, None] & v_mask[None, :]
+    S = tl.load(where, mask=mask, other=0.0)
+    S = _fold(
+        S, ring_k_ptr, ring_u_ptr, ring_alpha_ptr, row, start - count, count, head // (HV // HK), head,
+        k_at, k_mask, v_at, v_mask, RING_LEN, HK, HV, DK, DV,
+    )  # fmt: skip
+    tl.store(where, S, mask=mask)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import causal_attention, paged_attention, store_kv
+from kernels.linear import linear
 from kernels.rotary import apply_rotary, norm_rope_store
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -34,8 +35,8 @@ class Attention(nn.Module):
         self.out = Linear(self.num_heads * self.head_dim, config.hidden_size, dtype)
 
     def forward(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
-        if forward.view is not None and forward.view.cache.backends.attention == "triton":
-            return self.out(self._attend_triton(self.qkv.forward_stacked(x), forward, rotary))
+        if forward.view is not None and forward.view.cache.backends.attention != "torch":
+            return self.out(self._attend_gpu(self.qkv.forward_stacked(x), forward, rotary))
         q_gate, k, v = self.qkv(x)
         q, gate = q_gate.view(-1, self.num_heads, 2 * self.head_dim).chunk(2, dim=-1)  # [N, HQ, D] each
         k, v = (part.view(-1, self.num_kv_heads, self.head_dim) for part in (k, v))  # [N, HKV, D] each
@@ -43,6 +44,14 @@ class Attention(nn.Module):
         k = apply_rotary(self.k_norm(k), *rotary)
         out = self._attend(q, k, v, forward) * gate.sigmoid()
         return self.out(out.flatten(-2))
+
+    def store_keys(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> None:
+        """Keys and values of x [N, H] to the cache, and nothing else of the layer."""
+        assert forward.view is not None
+        kv, num_query_columns = forward.view.cache.kv.data[self.layer], self.qkv.parts["q_proj"]
+        keys_values = linear(x, self.qkv.weight[num_query_columns:])
+        scales = (self.q_norm.scale, self.k_norm.scale, self.k_norm.eps)
+        norm_rope_store(keys_values, *scales, *rotary, kv, forward.kv_slots)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, forward: ForwardBatch) -> Tensor:
         view = forward.view
@@ -58,7 +67,7 @@ class Attention(nn.Module):
         ]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _attend_triton(self, qkv: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
+    def _attend_gpu(self, qkv: Tensor, forward: ForwardBatch, rotary: Rotary) -> Tensor:
         """From the projection [N, ...] to what the output projection reads, [N, HQ · D]."""
         from kernels.gpu.attention import prefill_attention, verify_attention
 
@@ -67,6 +76,10 @@ class Attention(nn.Module):
         kv = view.cache.kv.data[self.layer]
         q = norm_rope_store(qkv, q_norm.scale, k_norm.scale, q_norm.eps, *rotary, kv, forward.kv_slots)
         gate = qkv[:, : q[0].numel() * 2].unflatten(1, (self.num_heads, -1))[..., self.head_dim :]
+        if not view.is_verify and view.cache.planner is not None and forward.page_spans is not None:
+            from kernels.gpu.flashinfer import prefill_attention as planned_attention
+
+            return planned_attention(q, kv, forward.page_spans, gate, view.cache.planner).flatten(1)
         if not view.is_verify:
             where = (view.page_table, view.start_lens, forward.query_starts, max(forward.query_lens))
             return prefill_attention(q, kv, *where, gate).flatten(1)

@@ -50,8 +50,8 @@ class GatedDeltaNet(nn.Module):
         projected = self.in_proj.forward_stacked(x)
         weights = DeltaNetWeights(self.conv_weight, self.A_log, self.dt_bias, self.norm_weight, self.eps)
         view = forward.view
-        if view is not None and view.cache.backends.gdn == "triton":
-            return self.out(self._mix_triton(projected, weights, forward))
+        if view is not None and view.cache.backends.gdn != "torch":
+            return self.out(self._mix_gpu(projected, weights, forward))
         mixed = [self._mix(projected[span], weights, part) for span, part in forward.parts]
         return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
@@ -72,7 +72,7 @@ class GatedDeltaNet(nn.Module):
             out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
         return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
 
-    def _mix_triton(self, projected: Tensor, weights: DeltaNetWeights, forward: ForwardBatch) -> Tensor:
+    def _mix_gpu(self, projected: Tensor, weights: DeltaNetWeights, forward: ForwardBatch) -> Tensor:
         """All requests, between the projections: [N, ...] -> [N, HV · DV]."""
         from kernels.gpu.gated_delta_net import gated_delta_net_prefill as prefill
         from kernels.gpu.gated_delta_net import gated_delta_net_verify as verify
@@ -82,6 +82,10 @@ class GatedDeltaNet(nn.Module):
         memory = self._memory(view.cache.gdn)
         if not view.is_verify:
             ends = (forward.query_starts, max(forward.query_lens))
+            if view.cache.backends.gdn == "flashinfer":
+                from kernels.gpu.flashinfer import gated_delta_rule_prefill
+
+                return prefill(projected, self.shape, weights, memory, view.stand, *ends, gated_delta_rule_prefill)
             return prefill(projected, self.shape, weights, memory, view.stand, *ends)
         mixed = [
             verify(projected[span], self.shape, weights, memory, part.view.stand)

@@ -1,5 +1,7 @@
 """Batch (host) -> ForwardBatch (device)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
     ids = [token_id for work in batch.works for token_id in work.token_ids]
     positions = [work.start + index for work in batch.works for index in range(work.num_tokens)]
     token_ids, where = (to_device(values, table.device) for values in (ids, positions))
-    return ForwardBatch(token_ids, where, counts, view)
+    starts = tuple(work.start for work in batch.works)
+    return ForwardBatch(token_ids, where, counts, replace(view, host_starts=starts))
 
 
 def _gather_windows(next_ids: Tensor, start_lens: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

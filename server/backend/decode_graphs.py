@@ -97,12 +97,15 @@ class CudaCapture:
     def __init__(self) -> None:
         self.num_bytes = 0
         self._pool: Any = None
+        # Of its own: what libraries keep per stream is captured too, and must not be shared with other graphs.
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], Sampled]) -> tuple[Callable[[], None], Sampled]:
         function()  # compiles kernels and allocates what libraries keep
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             results = function()
         self._pool = self._pool or graph.pool()
         self.num_bytes += torch.cuda.memory_reserved() - before

@@ -8,6 +8,7 @@ import torch
 
 from kernels.gpu.dispatch import runs_triton
 from models.cache import Backends
+from models.config import ModelConfig
 from server.config import EngineConfig
 from server.errors import ConfigError
 
@@ -59,17 +60,58 @@ def _first_line(error: Exception) -> str:
     return str(error).split(". ")[0].splitlines()[0]
 
 
-def choose_backends(config: EngineConfig, device: str, dtype: torch.dtype) -> Backends:
-    """Whose kernels run attention and delta nets. Raises ConfigError for what cannot be had."""
+def choose_backends(
+    config: EngineConfig,
+    model: ModelConfig,
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None = None,
+) -> Backends:
+    """Whose kernels run attention and delta nets; the capability is the GPU's. Raises ConfigError for what cannot be
+    had."""
     with torch.no_grad():
         can_run = runs_triton(torch.empty(0, dtype=dtype, device=device))
-    chosen = {}
-    for flag in ("attention", "gdn"):
-        asked = getattr(config, f"{flag}_backend")
-        if asked == "triton" and not can_run:
-            reason = "float64 is torch's alone" if device == "cuda" else f"Triton's kernels do not run on the {device}"
-            raise ConfigError(f"--{flag}-backend is triton, but {reason}: use --{flag}-backend torch, or auto")
-        chosen[flag] = "triton" if asked != "torch" and can_run else "torch"
     if can_run and importlib.util.find_spec("triton") is None:
         raise ConfigError("a GPU is served with Triton, which is not installed: pip install '.[cuda]'")
+    names, chosen = {"triton": "Triton", "flashinfer": "FlashInfer"}, {}
+    for flag in ("attention", "gdn"):
+        asked = getattr(config, f"{flag}_backend")
+        if asked in names and not can_run:
+            where = f"{names[asked]}'s kernels do not run on the {device}"
+            reason = "float64 is torch's alone" if device == "cuda" else where
+            raise ConfigError(f"--{flag}-backend is {asked}, but {reason}: use --{flag}-backend torch, or auto")
+        if asked == "flashinfer":
+            _check_flashinfer(flag, model, dtype, capability)
+        if flag == "attention" and asked != "torch" and can_run and not _serves_heads(model.head_dim):
+            raise ConfigError(
+                f"the checkpoint's attention heads have {model.head_dim} dimensions, Triton's kernels serve powers of "
+                "two from 16 on: use --attention-backend torch"
+            )
+        chosen[flag] = "torch" if not can_run else "triton" if asked == "auto" else asked
     return Backends(**chosen)
+
+
+def _serves_heads(head_dim: int) -> bool:
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
+def _check_flashinfer(flag: str, model: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None) -> None:
+    """Raises ConfigError where FlashInfer cannot run the prefill of the layers that `flag` is about."""
+    from kernels.gpu.flashinfer import DELTA_CAPABILITY, DELTA_DIM, HEAD_DIMS  # needs Triton
+
+    delta_dims = (model.delta_key_dim, model.delta_value_dim)
+    if importlib.util.find_spec("flashinfer") is None:
+        reason = "which is not installed: pip install flashinfer-python, or"
+    elif dtype != torch.bfloat16:
+        reason = f"whose kernels take bfloat16, the dtype is {str(dtype).removeprefix('torch.')}: set --dtype, or"
+    elif flag == "attention" and model.head_dim not in HEAD_DIMS:
+        dims = ", ".join(map(str, HEAD_DIMS))
+        reason = f"whose heads have {dims} dimensions, the checkpoint's have {model.head_dim}:"
+    elif flag == "gdn" and capability != DELTA_CAPABILITY:
+        needed, seen = (".".join(map(str, pair or ("none",))) for pair in (DELTA_CAPABILITY, capability))
+        reason = f"whose kernel is for compute capability {needed}, the GPU's is {seen}:"
+    elif flag == "gdn" and delta_dims != (DELTA_DIM, DELTA_DIM):
+        reason = f"whose heads have {DELTA_DIM} dimensions, the checkpoint's have {delta_dims[0]} and {delta_dims[1]}:"
+    else:
+        return
+    raise ConfigError(f"--{flag}-backend is flashinfer, {reason} use --{flag}-backend triton")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.cache import GDNCache, GDNCheckpoints, History, KVCache
+from models.cache import TORCH, Backends, GDNCache, GDNCheckpoints, History, KVCache
 from models.config import ModelConfig
 from models.registry import build
 from server.config import MAX_BEHIND, EngineConfig, Limits, lookahead
@@ -20,8 +20,8 @@ DEFAULT_RUNNING_REQUESTS, DEFAULT_GPU_REQUESTS = 16, 128
 DEFAULT_MAX_MODEL_LEN = 32768
 DEFAULT_MAX_TOTAL_TOKENS, DEFAULT_GPU_TOKENS = 65536, 524288
 MIB = 2**20
-# Checkpoints per row, if nothing else is asked for: as many as memory allows.
-_CHECKPOINTS_PER_ROW = (4, 1, 0)
+# Checkpoints per row, if nothing else is asked for, as far as rows and pages leave memory for them.
+CHECKPOINTS_PER_ROW = 4
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,16 @@ def measure_sizes(
     model: ModelConfig,
     num_mtp_layers: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    has_decode_step: bool = False,
+    backends: Backends = TORCH,
 ) -> Sizes:
-    """What one of each thing takes, from tensors without memory. Where decode steps are the device's alone the draft
-    head never falls behind, but every row has what they need."""
+    """What one of each thing takes, from tensors without memory. With attention on a GPU's kernels the draft head never
+    falls behind, but every row has what a decode step there needs."""
     target, draft = build(model, mtp=num_mtp_layers > 0, dtype=dtype, device="meta")
     kv = KVCache.allocate(model, num_mtp_layers, 1, config.page_size, dtype, "meta")
     gdn = GDNCache.allocate(model, config.mtp_step, 1, dtype, "meta")
     layer_page = kv.data[0].nbytes
-    can_fall_behind = num_mtp_layers == 1 and not has_decode_step
+    on_gpu = backends.attention != "torch"
+    can_fall_behind = num_mtp_layers == 1 and not on_gpu
     return Sizes(
         weights=sum(weight.nbytes for weight in target.parameters()),
         draft_weights=sum(weight.nbytes for weight in draft.parameters()) if draft else 0,
@@ -99,9 +100,9 @@ def measure_sizes(
         state=gdn.state_bytes_per_row,
         rings=gdn.ring_bytes_per_row,
         history=History.allocate(model, 1, dtype, "meta").bytes_per_row if can_fall_behind else 0,
-        decode=_decode_bytes_per_row(config, model) if has_decode_step else 0,
+        decode=_decode_bytes_per_row(config, model) if on_gpu else 0,
         checkpoint=GDNCheckpoints.allocate(gdn, 1).bytes_per_slot,
-        workspace=_workspace(config, model, has_decode_step),
+        workspace=_workspace(config, model, on_gpu),
     )
 
 
@@ -123,14 +124,14 @@ def _decode_bytes_per_row(config: EngineConfig, model: ModelConfig) -> int:
     return scratch + (torch.int32.itemsize + torch.bool.itemsize) * model.vocab_size
 
 
-def _most_rows(config: EngineConfig, has_decode_step: bool) -> int:
-    return config.max_running_requests or (DEFAULT_GPU_REQUESTS if has_decode_step else DEFAULT_RUNNING_REQUESTS)
+def _most_rows(config: EngineConfig, on_gpu: bool) -> int:
+    return config.max_running_requests or (DEFAULT_GPU_REQUESTS if on_gpu else DEFAULT_RUNNING_REQUESTS)
 
 
-def _workspace(config: EngineConfig, model: ModelConfig, has_decode_step: bool) -> int:
+def _workspace(config: EngineConfig, model: ModelConfig, on_gpu: bool) -> int:
     """Bytes of what lives during one pass: float32 logits of the rows, before and after their rules, or a chunk's
     activations of one layer."""
-    num_rows = _most_rows(config, has_decode_step) * (config.mtp_step + 1)
+    num_rows = _most_rows(config, on_gpu) * (config.mtp_step + 1)
     per_token = 4 * model.hidden_size + 3 * max(model.intermediate_size, model.conv_channels, 2 * model.hidden_size)
     return 4 * (2 * num_rows * model.vocab_size + config.chunked_prefill_size * per_token)
 
@@ -163,6 +164,11 @@ def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_byt
     for num_rows, num_pages, num_checkpoints in _choices(config, longest + ahead, sizes):
         total = sizes.total(num_rows, num_pages, num_checkpoints)
         if budget is None or total <= budget:
+            if config.prefix_cache == "on" and config.checkpoint_bytes is None:
+                num_checkpoints = CHECKPOINTS_PER_ROW * num_rows
+                if budget is not None:
+                    num_checkpoints = min(num_checkpoints, (budget - total) // sizes.checkpoint)
+                total += num_checkpoints * sizes.checkpoint
             limits = _limits(config, sizes, num_rows, num_pages, num_checkpoints)
             return MemoryPlan(limits, longest, needed, sizes, None if budget is None else budget - total)
     assert free_bytes is not None and budget is not None
@@ -170,22 +176,16 @@ def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_byt
 
 
 def _choices(config: EngineConfig, longest: int, sizes: Sizes) -> list[tuple[int, int, int]]:
-    """(rows, pages, checkpoints) that could be had, the best first. `longest` tokens are a whole request's."""
+    """(rows, pages, checkpoints that were asked for) that could be had, the best first. `longest` tokens are a whole
+    request's."""
     rows = _most_rows(config, sizes.decode > 0)
     most_tokens = DEFAULT_GPU_TOKENS if sizes.decode else DEFAULT_MAX_TOTAL_TOKENS
-    some_rows = [rows] if config.max_running_requests else range(rows, 0, -1)
-    if config.prefix_cache == "off":
-        checkpoints: tuple[int, ...] | None = (0,)
-    elif config.checkpoint_bytes is not None:
-        checkpoints = (config.checkpoint_bytes // sizes.checkpoint,)
-    else:
-        checkpoints = None
+    num_checkpoints = (config.checkpoint_bytes or 0) // sizes.checkpoint
     choices = []
-    for count in some_rows:
-        for num_checkpoints in checkpoints or tuple(each * count for each in _CHECKPOINTS_PER_ROW):
-            wanted = min(count * longest, most_tokens * count // rows)
-            tokens = config.max_total_tokens or max(longest, wanted)
-            choices.append((count, -(-tokens // config.page_size), num_checkpoints))
+    for count in [rows] if config.max_running_requests else range(rows, 0, -1):
+        wanted = min(count * longest, most_tokens * count // rows)
+        tokens = config.max_total_tokens or max(longest, wanted)
+        choices.append((count, -(-tokens // config.page_size), num_checkpoints))
     return choices
 
 

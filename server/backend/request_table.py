@@ -40,7 +40,7 @@ class RuleColumns:
     def write(self, row: int, sampling: SamplingParams, banned_ids: Sequence[int]) -> None:
         """The row's request is another one now."""
         device = self.has_any.device
-        self.has_any[row] = has_rules(sampling)
+        self.has_any[row : row + 1] = has_rules(sampling)
         biases = sampling.logit_bias
         self.bias_ids[row] = to_device(_padded(list(biases), MAX_BIASES), device)
         self.bias_values[row, : len(biases)] = to_device(list(biases.values()), device)
@@ -92,7 +92,8 @@ class RequestTable:
         if work.start == 0:
             self.cache.gdn.reset(row)
         self.page_table[row] = 0
-        self.seq_len[row], self.accept_len[row] = work.start, 0
+        # Slices: a number for one element alone would make the host wait for a GPU.
+        self.seq_len[row : row + 1], self.accept_len[row : row + 1] = work.start, 0
         prompt_len = len(request.prompt_ids)
         counts = [prompt_len, sampling.min_tokens, sampling.top_k, request.seed, prompt_len + request.max_output]
         self._counts[row] = to_device(counts, self.device)
@@ -131,14 +132,17 @@ class RequestTable:
             self.accept_len[rows] = accept_lens
         else:
             self.seq_len[rows] = view.start_lens + to_device(forward.query_lens, rows.device)
-            self.accept_len[rows] = 0
+            self.accept_len.index_fill_(0, rows, 0)
         self.next_ids[rows, 0] = last_ids
         if drafts.shape[1]:
             self.next_ids[rows, 1 : 1 + drafts.shape[1]] = drafts
 
-    def count_outputs(self, rows: Sequence[int], token_ids: Tensor, accept_lens: Tensor) -> None:
-        """Add the emitted tokens to the penalty counts: token_ids [B, T], of which accept_lens [B] are emitted."""
+    def count_outputs(self, rows: Sequence[int], which: Sequence[int], token_ids: Tensor, accept_lens: Tensor) -> None:
+        """Add the emitted tokens to the penalty counts of `rows`: of token_ids [B, T] the first accept_lens [B] of the
+        requests `which`."""
         assert self.output_counts is not None
+        chosen = to_device(which, self.device)
+        token_ids, accept_lens = token_ids[chosen], accept_lens[chosen]
         is_emitted = torch.arange(token_ids.shape[1], device=token_ids.device) < accept_lens[:, None]
         flat = to_device(rows, self.device)[:, None] * self.vocab_size + token_ids
         self.output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
@@ -148,7 +152,7 @@ class RequestTable:
         self._make_counts()
         assert self.in_prompt is not None and self.output_counts is not None and work.output_ids is not None
         self.in_prompt[row] = False
-        self.in_prompt[row, to_device(request.prompt_ids, self.device)] = True
+        self.in_prompt[row].index_fill_(0, to_device(request.prompt_ids, self.device), True)
         self.output_counts[row] = 0
         outputs = to_device(work.output_ids, self.device).long()
         self.output_counts[row].scatter_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))

@@ -2,16 +2,18 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from kernels.cpu.library import load_library
+from kernels.gated_delta_net import DeltaNetShape
 from models import errors as model_errors
 from models.cache import Backends, Cache, GDNCache, History, KVCache
 from models.config import ModelConfig, load_config
+from models.forward_batch import ForwardBatch
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
@@ -34,11 +36,13 @@ from server.config import EngineConfig
 from server.errors import CheckpointError, ConfigError
 from server.request import Batch
 
+if TYPE_CHECKING:
+    from kernels.gpu.flashinfer import AttentionPlanner
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float32}
-
-
+_WARM_UP_LEN = 48
 STATE_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -51,8 +55,8 @@ class Decode(Protocol):
 @dataclass(frozen=True)
 class Runner:
     """Target, table, sampler, cache mover, and with mtp_step > 0 the drafter; `decode` runs whole decode steps where
-    kernels for that are. `eos_ids` end a request, `turn_ids` begin
-    a turn of a chat. `overlaps`: steps run beside the host's work.
+    there are kernels for that. `eos_ids` end a request, `turn_ids` begin a turn of a chat. `overlaps`: steps run beside
+    the host's work.
     A state may be off by `state_tolerance` of its size because prefill and decode round differently."""
 
     target: Qwen35
@@ -79,9 +83,10 @@ def build_runner(config: EngineConfig) -> Runner:
         model_config = load_config(config.model)
         dtype = _choose_dtype(config.dtype, model_config)
         num_mtp_layers = _count_chained_layers(config, model_config)
-        backends = choose_backends(config, device, dtype)
-        has_decode_step = backends == Backends("triton", "triton")
-        sizes = measure_sizes(config, model_config, num_mtp_layers, dtype, has_decode_step)
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        backends = choose_backends(config, model_config, device, dtype, capability)
+        planner = _prepare_flashinfer(config, model_config, dtype, device, backends)
+        sizes = measure_sizes(config, model_config, num_mtp_layers, dtype, backends)
         plan = plan_memory(config, model_config, sizes, free_memory(device))
         num_bytes = sizes.weights + sizes.draft_weights
         with within_memory("weights", num_bytes, "serve a smaller checkpoint, or free the GPU of other processes"):
@@ -98,13 +103,17 @@ def build_runner(config: EngineConfig) -> Runner:
         if model is not None:
             model.requires_grad_(False)
     with within_memory("caches", plan.num_bytes - num_bytes, "lower --mem-fraction-static or --max-running-requests"):
-        cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device, backends)
-    num_rows = plan.limits.max_running_requests + 1
-    table = RequestTable(cache, num_rows, plan.max_pages_per_request, config.mtp_step, model_config.vocab_size, device)
+        cache = _allocate_cache(config, model_config, plan, num_mtp_layers, dtype, device, backends, planner)
+        num_rows, max_pages = plan.limits.max_running_requests + 1, plan.max_pages_per_request
+        table = RequestTable(cache, num_rows, max_pages, config.mtp_step, model_config.vocab_size, device)
+        mover = CacheMover(table, plan.limits.num_checkpoints)
+        if backends.have_decode_step:
+            table.keep_rules(eos_ids)
     sampler = Sampler(table, eos_ids)
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
-    mover = CacheMover(table, plan.limits.num_checkpoints)
-    decode = _build_decode(config, target, draft, table, num_mtp_layers, eos_ids) if has_decode_step else None
+    decode = _build_decode(config, target, draft, table, num_mtp_layers) if backends.have_decode_step else None
+    if device == "cuda":
+        warm_up_prefill(target, draft, table)
     logger.info("%s", describe_memory(plan))
     if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
         logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
@@ -115,18 +124,41 @@ def build_runner(config: EngineConfig) -> Runner:
     )
 
 
+def _prepare_flashinfer(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str, backends: Backends
+) -> "AttentionPlanner | None":
+    """Where FlashInfer is to run, have it compile its kernels: the first time takes minutes, which no request should
+    wait for. Gives what plans its attention."""
+    if "flashinfer" not in (backends.attention, backends.gdn):
+        return None
+    from kernels.gpu.flashinfer import AttentionPlanner, compile_delta_rule  # needs Triton
+
+    logger.info("compiling FlashInfer's kernels: minutes, if it has not compiled them before")
+    try:
+        if backends.gdn == "flashinfer":
+            heads, dims = (model.delta_key_heads, model.delta_value_heads), (model.delta_key_dim, model.delta_value_dim)
+            compile_delta_rule(DeltaNetShape(*heads, *dims), dtype, device)
+        if backends.attention == "flashinfer":
+            heads = (model.num_heads, model.num_kv_heads)
+            return AttentionPlanner(*heads, model.head_dim, config.page_size, dtype, device)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"FlashInfer's kernels cannot be compiled here ({reason}): use the triton backends"
+        ) from error
+    return None
+
+
 def _build_decode(
     config: EngineConfig,
     target: Qwen35,
     draft: Qwen35MTP | None,
     table: RequestTable,
     num_mtp_layers: int,
-    eos_ids: tuple[int, ...],
 ) -> Decode:
     from server.backend.decode_graphs import DecodeGraphs, graph_depths  # need Triton
     from server.backend.decode_step import DecodeStep
 
-    table.keep_rules(eos_ids)
     step = DecodeStep(target, draft, table, min(num_mtp_layers, config.mtp_step))
     if table.device != "cuda" or config.disable_cuda_graph:
         return step
@@ -135,6 +167,21 @@ def _build_decode(
     graphs = DecodeGraphs(step, min(most, config.cuda_graph_max_bs or most), depths)
     graphs.capture()
     return graphs
+
+
+@torch.inference_mode()
+def warm_up_prefill(target: Qwen35, draft: Qwen35MTP | None, table: RequestTable) -> None:
+    """Run one short prompt on row 1 and the padding page, so that no request waits for the kernels of a prefill to be
+    compiled, and leave the row as a new one is."""
+    count = min(_WARM_UP_LEN, table.page_table.shape[1] * table.cache.kv.page_size)
+    positions = torch.arange(count, device=table.device)
+    token_ids = positions % table.vocab_size
+    forward = ForwardBatch(token_ids, positions, (count,), replace(table.view([1], is_verify=False), host_starts=(0,)))
+    hidden = target(forward)
+    if draft is not None:
+        for layer in range(draft.num_layers):
+            draft(token_ids, hidden, forward, layer, positions[-1:])
+    table.cache.gdn.reset(1)
 
 
 def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:
@@ -160,6 +207,7 @@ def _allocate_cache(
     dtype: torch.dtype,
     device: str,
     backends: Backends,
+    planner: "AttentionPlanner | None",
 ) -> Cache:
     num_pages = plan.limits.num_pages + 1
     kv = KVCache.allocate(model, num_mtp_layers, num_pages, config.page_size, dtype, device)
@@ -167,7 +215,7 @@ def _allocate_cache(
     num_rows = plan.limits.max_running_requests + 1
     history = History.allocate(model, num_rows, dtype, device) if plan.limits.max_behind else None
     scratch = None
-    if backends.attention == "triton":
+    if backends.attention != "torch":
         max_len = plan.max_pages_per_request * config.page_size
         scratch = allocate_scratch(config, model, num_rows - 1, max_len, device)
-    return Cache(kv, gdn, history, backends, scratch)
+    return Cache(kv, gdn, history, backends, scratch, planner)

@@ -60,6 +60,7 @@ class CachedRun:
             page_table=self.page_tables[list(rows)],
             is_verify=is_verify,
             row_ids=torch.tensor(list(rows)),
+            host_starts=None if is_verify else tuple(starts),
         )
         flat = torch.tensor([token for ids in token_ids for token in ids])
         return ForwardBatch(flat, torch.tensor(positions), tuple(map(len, token_ids)), view)

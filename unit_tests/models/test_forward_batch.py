@@ -30,6 +30,7 @@ def make_batch(cache, rows, starts, query_lens, accepted=None):
         page_table=table,
         is_verify=True,
         row_ids=torch.tensor(rows),
+        host_starts=tuple(starts),
     )
     positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)])
     return ForwardBatch(torch.zeros_like(positions), positions, tuple(query_lens), view)
@@ -55,6 +56,7 @@ def test_a_batch_of_unequal_lengths_is_one_part_per_request(cache):
     assert [part.query_lens for _, part in batch.parts] == [(2,), (4,), (1,)]
     assert [part.view.rows for _, part in batch.parts] == [(4,), (2,), (7,)]
     assert [part.view.accept_lens.tolist() for _, part in batch.parts] == [[1], [0], [3]]
+    assert [part.view.host_starts for _, part in batch.parts] == [(3,), (0,), (5,)]
     assert torch.cat([batch.positions[span] for span, _ in batch.parts]).tolist() == batch.positions.tolist()
     assert torch.cat([part.positions for _, part in batch.parts]).tolist() == batch.positions.tolist()
 
@@ -68,6 +70,13 @@ def test_kv_slots_are_page_times_size_plus_offset(query_lens, cache):
         for owner, position in zip(owners, batch.positions.tolist(), strict=True)
     ]
     assert batch.kv_slots.tolist() == expected
+
+
+def test_the_page_spans_end_with_the_last_token_of_each_request(cache):
+    spans = make_batch(cache, [1, 2], [3, 7], [2, 2]).page_spans
+    assert spans.query_starts.tolist() == [0, 2, 4]
+    assert (spans.page_starts.tolist(), spans.pages.tolist()) == ([0, 2, 5], [1, 2, 4, 5, 6])
+    assert spans.last_page_lens.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("rows", [[3, 4, 5], [6]])
@@ -111,6 +120,7 @@ def test_next_tokens_are_one_per_request_over_the_same_cache(cache):
     batch = make_batch(cache, [4, 2], [3, 0], [2, 4])
     following = batch.next_tokens(torch.tensor([7, 8]), torch.tensor([5, 4]))
     assert following.query_lens == (1, 1)
+    assert following.view.host_starts is None and following.page_spans is None
     assert following.view.rows == batch.view.rows and following.view.start_lens.tolist() == [5, 4]
     assert following.kv_slots.tolist() == [2 * PAGE_SIZE + 1, 5 * PAGE_SIZE + 0]
 
@@ -142,6 +152,7 @@ def test_picked_requests_come_in_the_order_asked_for(order, cache):
     picked = view.pick(order)
     assert picked.rows == tuple(view.rows[index] for index in order)
     assert picked.row_ids.tolist() == list(picked.rows)
+    assert picked.host_starts == tuple(picked.start_lens.tolist())
     for column in ("start_lens", "accept_lens", "page_table"):
         assert torch.equal(getattr(picked, column), torch.stack([getattr(view, column)[index] for index in order]))
     assert picked.cache is cache and picked.is_verify

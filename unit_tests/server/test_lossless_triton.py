@@ -15,6 +15,7 @@ from server.backend.decode_step import DecodeStep
 from server.engine import Engine
 from server.messages import SamplingParams
 from unit_tests.checkpoints import make_checkpoint
+from unit_tests.kernels.gpu import fake_flashinfer
 from unit_tests.server.engines import generate, make_engine, make_prompts
 from unit_tests.server.test_lossless import serve_with_aborts
 from unit_tests.server.test_lossless_modes import make_conversations, next_turn, serve, use_random_depths
@@ -80,3 +81,18 @@ def test_reused_prefixes_overlap_and_changing_depths_change_nothing(checkpoint: 
         assert serve(engine, conversations) == first
         assert serve(engine, following) == second
     assert engine.scheduler.cache.counters.num_hits >= 3
+
+
+def test_prefill_in_flashinfers_hands_leaves_the_tokens(
+    checkpoint: Path, plain: Callable[[Any], list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, several requests to a pass, and draft heads in it; a stand-in computes what FlashInfer would."""
+    fake: Any = fake_flashinfer.install(monkeypatch)
+    monkeypatch.setattr("server.backend.device._check_flashinfer", lambda *args: None)
+    with triton_takes("cpu"):
+        engine = make_triton_engine(
+            checkpoint, mtp_step=2, chunked_prefill_size=16, attention_backend="flashinfer", gdn_backend="flashinfer"
+        )
+        assert generate(engine, PROMPTS, EACH) == plain(EACH)
+    calls = [name for name, _, _ in fake.calls]
+    assert calls.count("run") > 3 and calls.count("chunk_gated_delta_rule") > 6

@@ -25,7 +25,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.random_checkpoint import make_config
+from kernels.gated_delta_net import DeltaNetShape
 from kernels.gpu.dispatch import triton_takes
+from kernels.gpu.gated_delta_rule import fold_states
 from models.cache import Backends, Cache, GDNCache, KVCache
 from models.config import parse_config
 from models.forward_batch import ForwardBatch
@@ -87,7 +89,7 @@ def _type_of(value: Any) -> str:
 
 @torch.inference_mode()
 def run_model(preset: str) -> None:
-    """A decode step of every width and batch, and a prefill, on the meta device."""
+    """A decode step of every width and batch, a prefill, and what another one's needs, on the meta device."""
     config = parse_config(make_config(preset))
     target, draft = build(config, mtp=True, dtype=torch.bfloat16, device="meta")
     scratch = allocate_scratch(EngineConfig(mtp_step=MTP_STEP), config, NUM_ROWS, MAX_LEN, "meta")
@@ -106,6 +108,8 @@ def run_model(preset: str) -> None:
     forward = ForwardBatch(tokens, tokens, PREFILL_LENS, view)
     assert draft is not None
     draft(tokens, target(forward), forward)
+    heads, dims = (config.delta_key_heads, config.delta_value_heads), (config.delta_key_dim, config.delta_value_dim)
+    fold_states(DeltaNetShape(*heads, *dims), gdn.state[0], gdn.layer_ring(0), *view.stand)
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:

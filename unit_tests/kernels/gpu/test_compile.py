@@ -11,7 +11,7 @@ import pytest
 SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}
 KERNELS = {
     *("_rms_norm_kernel", "_gated_rms_norm_kernel", "_silu_and_mul_kernel", "_norm_rope_store_kernel"),
-    *("_verify_kernel", "_prefill_kernel", "_record_kernel", "_prepare_kernel", "_chain_kernel"),
+    *("_verify_kernel", "_prefill_kernel", "_record_kernel", "_prepare_kernel", "_chain_kernel", "_fold_kernel"),
     *("_scan_kernel", "_finish_kernel", "_accept_kernel"),
 }
 SPARSE_KERNELS = {"_route_kernel", "_sort_kernel", "_gate_up_kernel", "_down_kernel", "_combine_kernel"}

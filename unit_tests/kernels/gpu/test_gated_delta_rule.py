@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.gated_delta_net import DeltaNetShape
 from kernels.gated_delta_rule import DeltaRing, gated_delta_rule
-from kernels.gpu.gated_delta_rule import DeltaInputs, gated_delta_rule_prefill, gated_delta_rule_verify
+from kernels.gpu.gated_delta_rule import DeltaInputs, fold_states, gated_delta_rule_prefill, gated_delta_rule_verify
 from kernels.rms_norm import l2_norm
 
 SHAPE = DeltaNetShape(2, 6, 12, 20)
@@ -120,6 +120,18 @@ def test_a_prefill_folds_what_a_verify_step_left_and_ragged_requests_stay_apart(
     out = gated_delta_rule_prefill(inputs, SHAPE, state, ring, rows, zeros, zeros, starts, 7)
     for part in (slice(0, 2), slice(2, 9)):
         torch.testing.assert_close(out[part], run_law(pick(inputs, part)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fold_alone_gives_the_bits_of_a_verify_step_and_touches_no_other_row() -> None:
+    inputs, memory, other = draw_inputs(7, seed=6), make_memory(), make_memory()
+    for state, ring in (memory, other):
+        state[1] = 0
+        verify(pick(inputs, slice(0, 4)), (state, ring), 0, 0)
+    verify(pick(inputs, slice(3, 4)), memory, 3, 3)
+    rows, starts, accepted = torch.tensor([1, ROW]), torch.tensor([0, 3]), torch.tensor([0, 3])
+    fold_states(SHAPE, *other, rows, starts, accepted)
+    assert torch.equal(memory[0][ROW], other[0][ROW]) and other[0][ROW].any()
+    assert not other[0][1].any() and other[0][0].isnan().all()
 
 
 def test_equal_keys_without_decay_stay_exact() -> None:

@@ -36,6 +36,7 @@ def test_a_prefill_brings_each_requests_known_tokens_from_where_it_stands() -> N
     assert view is not None and not view.is_verify
     assert view.rows == (4, 2)
     assert view.start_lens.tolist() == [0, 2] and view.accept_lens.tolist() == [0, 0]
+    assert view.host_starts == (0, 2)
     assert view.page_table.tolist() == [[7, 8, 0, 0, 0], [3, 9, 1, 0, 0]]
 
 
@@ -67,7 +68,7 @@ def test_a_verify_batch_takes_tokens_and_lengths_from_the_table() -> None:
     assert forward.positions.tolist() == [12, 13, 14, 6, 7, 8]
     assert forward.query_lens == (3, 3)
     view = forward.view
-    assert view is not None and view.is_verify and view.rows == (5, 1)
+    assert view is not None and view.is_verify and view.rows == (5, 1) and view.host_starts is None
     assert view.start_lens.tolist() == [12, 6] and view.accept_lens.tolist() == [3, 1]
     assert view.page_table.tolist() == [[5, 14, 0, 0, 0], [1, 10, 0, 0, 0]]
 

@@ -1,14 +1,21 @@
 """Refusals name what would work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels.gpu.dispatch import triton_takes
 from models.cache import Backends
+from models.config import ModelConfig, parse_config
 from server.backend import device
 from server.backend.device import check_gpu, choose_backends, choose_device, within_memory
 from server.config import EngineConfig
 from server.errors import ConfigError
+from unit_tests.checkpoints import make_config
+
+MODEL = parse_config(make_config())
+LARGE = replace(MODEL, head_dim=256, delta_key_dim=128, delta_value_dim=128)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -48,24 +55,93 @@ def test_a_gpu_that_cannot_run_this_is_refused(capability: tuple[int, int], buil
 
 def test_backends_are_torch_on_a_cpu_and_triton_where_it_can_run() -> None:
     config = EngineConfig()
-    assert choose_backends(config, "cpu", torch.float32) == Backends("torch", "torch")
+    assert choose_backends(config, MODEL, "cpu", torch.float32) == Backends("torch", "torch")
     with triton_takes("cpu"):
-        assert choose_backends(config, "cpu", torch.bfloat16) == Backends("triton", "triton")
-        assert choose_backends(config, "cpu", torch.float64) == Backends("torch", "torch")
+        assert choose_backends(config, MODEL, "cpu", torch.bfloat16) == Backends("triton", "triton")
+        assert choose_backends(config, MODEL, "cpu", torch.float64) == Backends("torch", "torch")
         mixed = EngineConfig(attention_backend="torch", gdn_backend="triton")
-        assert choose_backends(mixed, "cpu", torch.float32) == Backends("torch", "triton")
+        assert choose_backends(mixed, MODEL, "cpu", torch.float32) == Backends("torch", "triton")
+
+
+def set_installed(patch: pytest.MonkeyPatch, *installed: str) -> None:
+    spec = device.importlib.util.find_spec  # type: ignore[attr-defined]
+    patch.setattr(
+        device.importlib.util,  # type: ignore[attr-defined]
+        "find_spec",
+        lambda name: (object() if name in installed else None) if name in ("triton", "flashinfer") else spec(name),
+    )
 
 
 @pytest.mark.parametrize("flag", ["attention_backend", "gdn_backend"])
-def test_triton_that_cannot_run_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(**{flag: "triton"})  # type: ignore[arg-type]
+@pytest.mark.parametrize(("backend", "owner"), [("triton", "Triton"), ("flashinfer", "FlashInfer")])
+def test_a_backend_that_cannot_run_is_refused(
+    flag: str, backend: str, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(**{flag: backend})  # type: ignore[arg-type]
     name = flag.replace("_", "-")
-    with pytest.raises(ConfigError, match=f"--{name} is triton, but Triton's kernels do not run on the cpu"):
-        choose_backends(config, "cpu", torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ConfigError, match=f"--{name} is {backend}, but {owner}'s kernels do not run on the cpu"):
+            choose_backends(config, MODEL, "cpu", dtype)
     with triton_takes("cpu"):
-        monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+        set_installed(monkeypatch)
         with pytest.raises(ConfigError, match="Triton, which is not installed: pip install"):
-            choose_backends(config, "cpu", torch.float32)
+            choose_backends(config, MODEL, "cpu", torch.float32)
+
+
+def test_flashinfer_is_taken_where_it_is_asked_for_and_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_installed(monkeypatch, "triton", "flashinfer")
+    with triton_takes("cpu"):
+        for attention, gdn, capability in (
+            ("flashinfer", "flashinfer", (9, 0)),
+            ("flashinfer", "auto", (8, 9)),
+            ("torch", "flashinfer", (9, 0)),
+            ("auto", "auto", (9, 0)),
+        ):
+            config = EngineConfig(attention_backend=attention, gdn_backend=gdn)
+            expected = Backends(*(name.replace("auto", "triton") for name in (attention, gdn)))
+            assert choose_backends(config, LARGE, "cpu", torch.bfloat16, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "model", "dtype", "capability", "message"),
+    [
+        ("attention", MODEL, torch.bfloat16, (9, 0), "64, 128, 256 dimensions, the checkpoint's have 32: use"),
+        ("attention", LARGE, torch.float32, (9, 0), "take bfloat16, the dtype is float32: set --dtype, or use"),
+        ("gdn", LARGE, torch.float32, (9, 0), "take bfloat16, the dtype is float32: set --dtype, or use"),
+        ("gdn", MODEL, torch.bfloat16, (9, 0), "128 dimensions, the checkpoint's have 16 and 24: use"),
+        ("gdn", LARGE, torch.bfloat16, (8, 9), "for compute capability 9.0, the GPU's is 8.9: use"),
+        ("gdn", LARGE, torch.bfloat16, (10, 0), "for compute capability 9.0, the GPU's is 10.0: use"),
+        ("gdn", LARGE, torch.bfloat16, None, "for compute capability 9.0, the GPU's is none: use"),
+    ],
+)
+def test_flashinfer_that_cannot_serve_the_model_is_refused(
+    flag: str,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = EngineConfig(**{f"{flag}_backend": "flashinfer"})  # type: ignore[arg-type]
+    set_installed(monkeypatch, "triton", "flashinfer")
+    with (
+        triton_takes("cpu"),
+        pytest.raises(ConfigError, match=f"--{flag}-backend is flashinfer, .*{message}") as caught,
+    ):
+        choose_backends(config, model, "cpu", dtype, capability)
+    assert caught.value.message.endswith(f"use --{flag}-backend triton")
+
+
+@pytest.mark.parametrize("flag", ["attention", "gdn"])
+def test_flashinfer_that_is_not_installed_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(**{f"{flag}_backend": "flashinfer"})  # type: ignore[arg-type]
+    set_installed(monkeypatch, "triton")
+    with triton_takes("cpu"), pytest.raises(ConfigError) as caught:
+        choose_backends(config, LARGE, "cpu", torch.bfloat16, (9, 0))
+    assert caught.value.message == (
+        f"--{flag}-backend is flashinfer, which is not installed: pip install flashinfer-python, or use "
+        f"--{flag}-backend triton"
+    )
 
 
 def test_running_out_of_memory_is_one_line_with_part_bytes_and_mend() -> None:
@@ -74,3 +150,12 @@ def test_running_out_of_memory_is_one_line_with_part_bytes_and_mend() -> None:
     assert caught.value.message == "out of GPU memory for weights, which takes 3.0 MiB (CUDA out of memory): take less"
     with pytest.raises(ZeroDivisionError), within_memory("weights", 1, "take less"):
         1 // 0  # noqa: B018
+
+
+def test_heads_that_tritons_attention_does_not_serve_are_refused() -> None:
+    odd = replace(MODEL, head_dim=48)
+    with triton_takes("cpu"):
+        with pytest.raises(ConfigError, match=r"heads have 48 dimensions, .* use --attention-backend torch"):
+            choose_backends(EngineConfig(), odd, "cpu", torch.float32)
+        chosen = choose_backends(EngineConfig(attention_backend="torch"), odd, "cpu", torch.float32)
+        assert chosen == Backends("torch", "triton")

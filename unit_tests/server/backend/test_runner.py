@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.gpu.dispatch import triton_takes
 from models import errors as model_errors
+from models.cache import Backends
 from models.weights import load_weights
 from server.backend.device import choose_device
-from server.backend.runner import Runner, build_runner
+from server.backend.runner import Runner, build_runner, warm_up_prefill
 from server.config import EngineConfig
 from server.errors import CheckpointError, ConfigError
 from unit_tests.checkpoints import ENDOFTEXT, IM_END, make_checkpoint
+from unit_tests.kernels.gpu import fake_flashinfer
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +175,50 @@ def test_dummy_weights_need_no_file_but_the_config(tmp_path: Path, checkpoint: P
     runner = make_runner(tmp_path, load_format="dummy", mtp_step=1)
     assert runner.draft is not None
     assert all(weight.isfinite().all() for model in (runner.target, runner.draft) for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("attention", "gdn"), [("flashinfer", "flashinfer"), ("flashinfer", "triton"), ("auto", "flashinfer")]
+)
+def test_flashinfer_is_compiled_at_start_and_decode_steps_are_whole(
+    checkpoint: Path, attention: str, gdn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake: Any = fake_flashinfer.install(monkeypatch)
+    monkeypatch.setattr("server.backend.device._check_flashinfer", lambda *args: None)
+    with triton_takes("cpu"):
+        runner = make_runner(checkpoint, attention_backend=attention, gdn_backend=gdn, mtp_step=1)
+    cache = runner.table.cache
+    assert cache.backends == Backends(attention.replace("auto", "triton"), gdn)
+    assert runner.decode is not None and cache.scratch is not None
+    assert (cache.planner is not None) == (attention == "flashinfer")
+    compiled = {name for name, _, _ in fake.calls}
+    assert ("plan" in compiled, "chunk_gated_delta_rule" in compiled) == (
+        attention == "flashinfer",
+        gdn == "flashinfer",
+    )
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "gdn_backend"])
+def test_flashinfer_that_cannot_compile_is_one_line(
+    checkpoint: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Ninja build failed. Ninja output:\n[1/64] nvcc")
+
+    fake: Any = fake_flashinfer.install(monkeypatch)
+    monkeypatch.setattr("server.backend.device._check_flashinfer", lambda *args: None)
+    fake.chunk_gated_delta_rule = fake.BatchPrefillWithPagedKVCacheWrapper = fail
+    with triton_takes("cpu"), pytest.raises(ConfigError) as caught:
+        make_runner(checkpoint, **{flag: "flashinfer"})
+    assert caught.value.message == (
+        "FlashInfer's kernels cannot be compiled here (Ninja build failed. Ninja output:): use the triton backends"
+    )
+
+
+def test_the_warm_up_runs_every_layer_and_leaves_a_new_row(checkpoint: Path) -> None:
+    runner = make_runner(checkpoint, mtp_step=2)
+    warm_up_prefill(runner.target, runner.draft, runner.table)
+    gdn, kv = runner.table.cache.gdn, runner.table.cache.kv.data
+    assert len(kv) == 3 and all(layer[:, 0].any() and not layer[:, 1:].any() for layer in kv), "on the padding page"
+    assert all(not tensor[:, 1].any() for tensor in (gdn.state, *gdn.ring, gdn.conv_ring))
+    assert runner.table.seq_len[1] == 0 and runner.table.accept_len[1] == 0
