@@ -6,7 +6,7 @@ each, N = B · T tokens, V vocabulary. Tests compare each function with what int
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu_suite.dimensions import Dimensions
 from benchmarks.gpu_suite.roofline import Workload, expected_experts
@@ -201,9 +201,13 @@ def _draft_pass(
     yield "rms_norm", rms_norm(rows, hidden, 2) + rms_norm(rows, hidden, 2)
     yield "cat", Moved(4 * rows * hidden * 2)
     yield "linear", linear(rows, 2 * hidden, hidden, 2)
-    yield from _attention_mixer(sizes, batch, num_tokens, context, page_size)
-    yield from _feed_forward(sizes, rows)
-    yield "add_rms_norm", add_rms_norm(rows, hidden, 2)
+    if num_tokens > 1:  # of all but the newest rows only keys and values are wanted
+        yield "rms_norm", rms_norm(rows, hidden, 2)
+        yield "linear", linear(rows, hidden, 2 * sizes.kv_heads * sizes.head_dim, 2)
+        yield "norm_rope_store", norm_rope_store(rows, replace(sizes, heads=0), 2)
+    yield from _attention_mixer(sizes, batch, 1, context, page_size)
+    yield from _feed_forward(sizes, batch)
+    yield "add_rms_norm", add_rms_norm(batch, hidden, 2)
     yield "linear", linear(batch, hidden, sizes.vocab, 2)
     yield "draw", draw(batch, batch, sizes.vocab, 2)
 

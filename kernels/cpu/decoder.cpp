@@ -135,21 +135,20 @@ struct Decoder {
         }
     }
 
-    // Norm and rotate one head of q, or of k on its way to the cache with its v.
-    void prepare_head(const Layer<W, F>& layer, W* kv, int64_t r, int64_t head) {
-        const int64_t D = n.head_dim, stride = 2 * (n.heads + n.kv_heads) * D, position = batch.positions[r];
-        const F* row = projected.get() + r * stride;
-        if (head < n.heads) {
-            F* out = q.get() + (r * n.heads + head) * D;
-            rms_norm_row(row + head * 2 * D, layer.q_norm, out, D, eps);
-            rotate(out, position);
-            return;
-        }
-        head -= n.heads;
+    // Norm and rotate one head of q.
+    void prepare_query(const Layer<W, F>& layer, const F* row, int64_t r, int64_t head) {
+        F* out = q.get() + (r * n.heads + head) * n.head_dim;
+        rms_norm_row(row + head * 2 * n.head_dim, layer.q_norm, out, n.head_dim, eps);
+        rotate(out, batch.positions[r]);
+    }
+
+    // Norm and rotate one head of k, and store it with its v: row is all keys of a token, then all values.
+    void store_head(const Layer<W, F>& layer, W* kv, const F* row, int64_t r, int64_t head) {
+        const int64_t D = n.head_dim, position = batch.positions[r];
         F key[1024];  // the caller has checked head_dim
-        rms_norm_row(row + (2 * n.heads + head) * D, layer.k_norm, key, D, eps);
+        rms_norm_row(row + head * D, layer.k_norm, key, D, eps);
         rotate(key, position);
-        const F* value = row + (2 * n.heads + n.kv_heads + head) * D;
+        const F* value = row + (n.kv_heads + head) * D;
         const int64_t page = batch.page_table[request_of[r] * batch.table_width + position / memory.page_size];
         const int64_t slot = page * memory.page_size + position % memory.page_size;
         W* stored_key = kv + (slot * n.kv_heads + head) * D;
@@ -160,10 +159,33 @@ struct Decoder {
         }
     }
 
+    W* layer_kv(const Layer<W, F>& layer) const {
+        return memory.kv + layer.cache_layer * 2 * memory.pages * memory.page_size * n.kv_heads * n.head_dim;
+    }
+
+    // An attention layer's keys and values of all rows, and nothing else of it.
+    void store_keys(const Layer<W, F>& layer) {
+        const int64_t key_columns = 2 * n.kv_heads * n.head_dim, query_columns = 2 * n.heads * n.head_dim;
+        W* kv = layer_kv(layer);
+        add_and_norm(layer.input_norm, normed.get(), false);
+        product(normed.get(), layer.in_proj + query_columns * n.hidden, projected.get(), n.hidden, key_columns);
+        team.each(N * n.kv_heads, [&](int64_t task) {
+            const int64_t r = task / n.kv_heads;
+            store_head(layer, kv, projected.get() + r * key_columns, r, task % n.kv_heads);
+        });
+    }
+
     void attend(const Layer<W, F>& layer) {
         const int64_t D = n.head_dim, all_heads = n.heads + n.kv_heads, stride = 2 * all_heads * D;
-        W* kv = memory.kv + layer.cache_layer * 2 * memory.pages * memory.page_size * n.kv_heads * D;
-        team.each(N * all_heads, [&](int64_t task) { prepare_head(layer, kv, task / all_heads, task % all_heads); });
+        W* kv = layer_kv(layer);
+        team.each(N * all_heads, [&](int64_t task) {
+            const int64_t r = task / all_heads, head = task % all_heads;
+            const F* row = projected.get() + r * stride;
+            if (head < n.heads)
+                prepare_query(layer, row, r, head);
+            else
+                store_head(layer, kv, row + 2 * n.heads * D, r, head - n.heads);
+        });
         const AttentionSizes sizes{n.heads, n.kv_heads, D, memory.pages, memory.page_size, batch.table_width};
         team.each(batch.requests * n.kv_heads, [&](int64_t task) {
             const int64_t b = task / n.kv_heads, first = batch.offsets[b], tokens = batch.offsets[b + 1] - first;
@@ -326,7 +348,8 @@ int64_t argmax(const F* row, int64_t size) {
     return std::max_element(row, row + size) - row;
 }
 
-// The chain of a draft head with one layer: it runs over the pass, then on its own guesses, one row a request.
+// The chain of a draft head with one layer. Of the pass's rows it needs keys and values, and its output at the newest row
+// of each request that wants a draft; then it runs on its own guesses, one row a request.
 template <typename W, typename F>
 struct Chain {
     const F* temperatures;        // [B]; 0: the largest logit is the guess
@@ -339,27 +362,26 @@ struct Chain {
 
 template <typename W, typename F>
 void propose(const Team& team, const Sizes& n, const Front<W, F>& front, const Layer<W, F>* layer, const F* final_norm,
-             const F* frequencies, F eps, const Batch& batch, const Memory<W, F>& memory, const F* out,
+             const F* frequencies, F eps, const Batch& batch, const Memory<W, F>& memory, Decoder<W, F>& pass,
              const Chain<W, F>& chain) {
     const int64_t H = n.hidden;
+    pass.store_keys(*layer);
     const auto hidden = buffer<F>(batch.requests * H), logits = buffer<F>(batch.requests * chain.vocab);
     std::vector<int64_t> offsets(batch.requests + 1), positions(batch.requests), newest(batch.requests);
     std::iota(offsets.begin(), offsets.end(), 0);
-    for (int64_t b = 0; b < batch.requests; ++b) {
-        std::copy_n(out + chain.last[b] * H, H, hidden.get() + b * H);
-        positions[b] = batch.positions[chain.last[b]];
-    }
+    for (int64_t b = 0; b < batch.requests; ++b) positions[b] = batch.positions[chain.last[b]] - 1;
     for (int64_t step = 0; step < chain.depth; ++step) {
         const int64_t alive = chain.alive[step];
-        if (step > 0) {
-            for (int64_t b = 0; b < alive; ++b) ++positions[b];
-            Batch ahead = batch;
-            ahead.token_ids = newest.data(), ahead.offsets = offsets.data(), ahead.positions = positions.data();
-            ahead.requests = ahead.rows = alive;
-            Decoder<W, F> decoder(team, n, ahead, memory, frequencies, eps);
+        for (int64_t b = 0; b < alive; ++b) ++positions[b];
+        Batch ahead = batch;
+        ahead.token_ids = newest.data(), ahead.offsets = offsets.data(), ahead.positions = positions.data();
+        ahead.requests = ahead.rows = alive;
+        Decoder<W, F> decoder(team, n, ahead, memory, frequencies, eps);
+        if (step == 0)
+            for (int64_t b = 0; b < alive; ++b) std::copy_n(pass.x.get() + chain.last[b] * H, H, decoder.x.get() + b * H);
+        else
             decoder.enter(front, hidden.get());
-            decoder.run(layer, 1, final_norm, hidden.get());
-        }
+        decoder.run(layer, 1, final_norm, hidden.get());
         multiply(team, hidden.get(), chain.head, logits.get(), alive, H, chain.vocab);
         team.each(alive, [&](int64_t b) {
             F* row = logits.get() + b * chain.vocab;
@@ -377,15 +399,16 @@ void decode(const Sizes& n, const Front<W, F>& front, const Layer<W, F>* layers,
     const Team team(num_threads);
     Decoder<W, F> decoder(team, n, batch, memory, frequencies, eps);
     decoder.enter(front, hidden);
+    if (chain != nullptr)
+        return propose(team, n, front, layers, final_norm, frequencies, eps, batch, memory, decoder, *chain);
     decoder.run(layers, num_layers, final_norm, out);
     if (memory.history != nullptr) decoder.record(out);
-    if (chain != nullptr)
-        propose(team, n, front, layers, final_norm, frequencies, eps, batch, memory, out, *chain);
 }
 
 }  // namespace
 
-// hidden [N, H] is read by a draft head only; out [N, H] is the stack's output after the final norm; chain may be null.
+// hidden [N, H] is read by a draft head only; out [N, H] is the stack's output after the final norm, which a chain (may
+// be null) leaves out.
 extern "C" void decoder_bfloat16(const Sizes* n, const Front<bf16, float>* front, const Layer<bf16, float>* layers,
                         int64_t num_layers, const float* final_norm, const float* frequencies, double eps,
                         const Batch* batch, const Memory<bf16, float>* memory, const float* hidden, float* out,

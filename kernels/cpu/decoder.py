@@ -154,7 +154,8 @@ class Decoder:
     def propose(
         self, token_ids: Tensor, memory: DecoderMemory, place: DecoderPlace, hidden: Tensor, chain: DraftChain
     ) -> Tensor:
-        """`run` for a draft head with one layer, then guesses [B, D] int64; what is not wanted means nothing.
+        """A draft head with one layer: its keys and values of all rows, and guesses [B, D] int64 from the newest ones;
+        what is not wanted means nothing, and D may be 0.
 
         Guess d + 1 comes of the head's own output at guess d, one position later.
         """

@@ -51,6 +51,10 @@ class DecoderLayer(nn.Module):
         normed, x = self.post_norm.add(x, mixed)
         return x, self.mlp(normed)
 
+    def store_keys(self, x: Tensor, forward: ForwardBatch, rotary: Rotary) -> None:
+        """What later tokens will attend to of x [N, H], the input of an attention layer."""
+        self.mixer.store_keys(self.input_norm(x), forward, rotary)  # type: ignore[operator]
+
     def kernel_weights(self) -> tuple[dict[str, Tensor], int]:
         """Weights by the names of kernels/cpu/decoder.py, and the layer's index in its part of the cache."""
         norms = {"input_norm": self.input_norm.scale, "post_norm": self.post_norm.scale}

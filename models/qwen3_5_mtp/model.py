@@ -53,16 +53,26 @@ class Qwen35MTP(nn.Module):
     def target(self) -> Qwen35:
         return self._target[0]
 
-    def forward(self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0) -> Tensor:
+    def forward(
+        self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0, last: Tensor | None = None
+    ) -> Tensor:
         """next_ids [N] are the tokens *after* forward.positions [N] (forward.token_ids is not read); hidden [N, H]
         belongs to the positions.
 
-        Returns [N, H] after the draft's norm: the input of the target's output head as it is.
+        Returns [N, H] after the draft's norm: the input of the target's output head as it is. Where only the rows
+        `last` [b] (flat indices, of the first b requests one each, b may be 0) are wanted, the others leave their keys
+        and values in the cache: [b, H].
         """
         if self._cpu_decoders[layer].serves(forward):
-            return self._cpu_decoders[layer](next_ids, forward, hidden)
+            out = self._cpu_decoders[layer](next_ids, forward, hidden)
+            return out if last is None else out[last]
         embedding = self.pre_fc_norm_embedding(self.target.embed_tokens(next_ids))
         x = self.fc(torch.cat([embedding, self.pre_fc_norm_hidden(hidden)], dim=-1))
+        if last is not None:
+            self.layers[layer].store_keys(x, forward, self.target.rotary(forward.positions))  # type: ignore[operator]
+            x, forward = x[last], forward.next_tokens(next_ids[last], forward.positions[last])
+            if len(last) == 0:
+                return x
         x, delta = self.layers[layer](x, None, forward, self.target.rotary(forward.positions))
         return self.norm.add(x, delta)[0]
 
@@ -80,7 +90,7 @@ class Qwen35MTP(nn.Module):
         temperatures: Tensor,
         seeds: Tensor,
     ) -> Tensor:
-        """`forward` and then a chain of guesses [B, D] int64, in one call.
+        """`forward` at the rows `last` and then a chain of guesses [B, D] int64, in one call; D may be 0.
 
         last [B]: flat index of each request's newest row; alive[d] requests, which come first, want more than d drafts.
         """

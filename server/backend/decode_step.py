@@ -73,9 +73,11 @@ class DecodeStep:
         newest, newest_state = next_ids, state
         for step in range(max(num_drafts, self.num_layers)):
             has_next_layer = step + 1 < self.num_layers
-            if step < self.num_layers:
+            if has_next_layer:
                 state = draft(next_ids, state, forward, step)
                 newest_state = state[last]
+            elif step < self.num_layers:
+                newest_state = draft(next_ids, state, forward, step, last if step < num_drafts else last[:0])
             else:
                 ahead = forward.next_tokens(newest, positions + 1 + step - self.num_layers)
                 newest_state = draft(newest, newest_state, ahead, self.num_layers - 1)

@@ -63,8 +63,8 @@ class Drafter:
 
     def _chain(self, rows: _Extension, drafts: Tensor) -> None:
         """Run the layers, then single tokens, and write what they guess to drafts [B, D]."""
-        is_simple = drafts.shape[1] > 0 and all(_is_simple(work.sampling) for work in rows.works)
-        if is_simple and self.draft.can_propose(rows.forward):
+        is_simple = all(_is_simple(work.sampling) for work in rows.works if work.num_drafts)
+        if is_simple and self.num_layers == 1 and self.draft.can_propose(rows.forward):
             drafts[rows.order] = self._propose_at_once(rows, drafts.shape[1])
             return
         positions, state, next_ids = rows.forward.positions[rows.last], rows.states, rows.next_ids
@@ -73,9 +73,11 @@ class Drafter:
             has_next_layer = step + 1 < self.num_layers
             alive = sum(has_next_layer or work.num_drafts > step for work in rows.works)
             works = rows.works[:alive]
-            if step < self.num_layers:
+            if has_next_layer:
                 state = self.draft(next_ids, state, rows.forward, step)
                 newest_state = state[rows.last[:alive]]
+            elif step < self.num_layers:
+                newest_state = self.draft(next_ids, state, rows.forward, step, rows.last[:alive])
             else:
                 ahead = rows.forward.next_tokens(newest[:alive], positions[:alive] + 1 + step - self.num_layers)
                 newest_state = self.draft(newest[:alive], newest_state[:alive], ahead, self.num_layers - 1)

@@ -249,7 +249,9 @@ class OracleDraft:
     def can_propose(self, forward: ForwardBatch) -> bool:
         return False
 
-    def __call__(self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0) -> Tensor:
+    def __call__(
+        self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0, last: Tensor | None = None
+    ) -> Tensor:
         assert forward.view is not None
         rows = [row for row, count in zip(forward.view.rows, forward.query_lens, strict=True) for _ in range(count)]
         values = (forward.positions.tolist(), forward.token_ids.tolist(), next_ids.tolist())
@@ -261,7 +263,7 @@ class OracleDraft:
             tokens[position + 1 + layer] = following
             ids = [tokens[p] for p in range(position + 2 + layer)]
             states.append(self.target.forward_sequence(torch.tensor([ids]))[0, -1])
-        return torch.stack(states)
+        return torch.stack(states) if last is None else torch.stack(states)[last]
 
 
 @pytest.mark.parametrize(("mode", "mtp_step"), [("eagle", 3), ("vanilla", 4)])
@@ -399,7 +401,7 @@ def test_idling_costs_no_pass_of_the_head_and_catching_up_one_over_the_rows_kept
     engine.scheduler.planner.plan = lambda requests: [min(next(depths), requests[0].max_draft)]  # type: ignore[assignment]
     passes: list[list[int]] = []
     assert engine.runner.draft is not None
-    engine.runner.draft.register_forward_hook(lambda module, args, out: passes[-1].append(len(out)))
+    engine.runner.draft.register_forward_hook(lambda module, args, out: passes[-1].append(len(args[0])))
     monkeypatch.setattr(engine.runner.draft, "can_propose", lambda forward: False)  # one call would hide its passes
     engine.add(Generate("a", [3, 1, 4, 1, 5], replace(GREEDY, max_tokens=40)))
     for _ in range(num_idle + 3):
