@@ -4,7 +4,9 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +96,7 @@ def describe(measured: Measured, sizes: Dimensions, work: Workload, card: CardSp
 
 def measure_loop(llm: LLM, preset: str, batch: int, num_steps: int = _LOOP_STEPS) -> dict[str, Any]:
     """A real `engine.step()` loop of greedy requests: what the device does not spend in decode steps, by events around
-    each. Its work between two steps (table, results) counts as idle as well."""
+    each. Its work between two steps (table, results) counts as idle as well. `host_waits` per step should be 0."""
     engine, mtp_step = llm.engine, llm.config.mtp_step
     decode: Any = engine.runner.decode
     if hasattr(decode, "sizes"):
@@ -123,8 +125,9 @@ def measure_loop(llm: LLM, preset: str, batch: int, num_steps: int = _LOOP_STEPS
         engine.step()
     spans.clear()
     begin = time.perf_counter()
-    for _ in range(num_steps):
-        engine.step()
+    with _watch_waits() as waits:
+        for _ in range(num_steps):
+            engine.step()
     engine.drain()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
@@ -141,7 +144,22 @@ def measure_loop(llm: LLM, preset: str, batch: int, num_steps: int = _LOOP_STEPS
         "idle_us": statistics.median(idle),
         "idle_us_worst": max(idle),
         "idle_share": sum(idle) / (sum(busy) + sum(idle)),
+        "host_waits": len(waits) / num_steps,
     }
+
+
+@contextmanager
+def _watch_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """What torch warns of inside: operations that make the host wait for the device."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def compare_transformers(preset: str, bench: StaticDecode, log: Log) -> None:

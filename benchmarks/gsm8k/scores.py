@@ -1,0 +1,139 @@
+"""What a run amounts to: accuracy, speed and acceptance, and where the outputs of two servers part."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gsm8k.client import Answer, Counters
+from benchmarks.gsm8k.problems import Problem
+from benchmarks.report import print_table
+
+SNIPPET_LEN = 40  # characters shown of an output from where it differs
+
+
+@dataclass(frozen=True)
+class Run:
+    """All answers of one server, in the order of the questions, and by how much its counters grew."""
+
+    url: str
+    model: str
+    answers: list[Answer]
+    seconds: float
+    counters: Counters
+
+
+def score(done: Run, questions: Sequence[Problem]) -> dict[str, Any]:
+    """Shares of all questions, tokens, speed and acceptance. `stderr` is of the accuracy; None stands for not known."""
+    answers, size = done.answers, len(questions)
+    is_right = [answer.value == problem.gold for answer, problem in zip(answers, questions, strict=True)]
+    accuracy, num_tokens = sum(is_right) / size, sum(answer.num_tokens for answer in answers)
+    return {
+        "url": done.url,
+        "model": done.model,
+        "questions": size,
+        "accuracy": accuracy,
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / size),
+        "invalid": sum(answer.value is None for answer in answers) / size,
+        "truncated": sum(answer.is_truncated for answer in answers) / size,
+        "right_though_truncated": sum(a.is_truncated and right for a, right in zip(answers, is_right, strict=True))
+        / size,
+        "mean_output_len": num_tokens / size,
+        "output_tok_s": num_tokens / done.seconds,
+        "seconds": done.seconds,
+        **describe_speculation(done.counters),
+        "tokens_of_others": _count_foreign_tokens(done.counters, num_tokens),
+    }
+
+
+def describe_speculation(counters: Counters) -> dict[str, Any]:
+    """Per verify step of a request: drafts, and tokens (1 + accepted); accepted over proposed drafts, and by position.
+
+    Few drafts per step mean that the server chose to draft little: acceptance is of those it drafted. A server that
+    does not count what it proposed by position (vLLM) is taken to propose at every position in every step.
+    """
+    steps = counters.get(("vllm:spec_decode_num_drafts_total", ""), 0.0)
+    proposed = counters.get(("vllm:spec_decode_num_draft_tokens_total", ""), 0.0)
+    accepted = counters.get(("vllm:spec_decode_num_accepted_tokens_total", ""), 0.0)
+    per_position = []
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    for position in sorted((place for key, place in counters if key == name), key=int):
+        tried = counters.get(("tandem:spec_decode_num_draft_tokens_per_pos_total", position), steps)
+        if tried:
+            per_position.append(counters[name, position] / tried)
+    return {
+        "drafts_per_step": proposed / steps if steps else None,
+        "accept_length": 1 + accepted / steps if steps else None,
+        "acceptance": accepted / proposed if proposed else None,
+        "acceptance_per_position": per_position,
+    }
+
+
+def _count_foreign_tokens(counters: Counters, num_own: int) -> int | None:
+    served = counters.get(("vllm:generation_tokens_total", ""))
+    return None if served is None else round(served) - num_own
+
+
+def find_differences(first: Run, second: Run, questions: Sequence[Problem]) -> list[dict[str, Any]]:
+    """One entry per question whose outputs differ: where, from 0, both from there on, and both answers."""
+    found = []
+    for problem, one, other in zip(questions, first.answers, second.answers, strict=True):
+        if (one.text, one.finish_reason) == (other.text, other.finish_reason):
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), None)
+        place = min(len(one.text), len(other.text)) if place is None else place
+        outputs = [_snippet(answer, place) for answer in (one, other)]
+        values = [None if answer.value is None else str(answer.value) for answer in (one, other)]
+        found.append({"question": problem.number, "character": place, "outputs": outputs, "answers": values})
+    return found
+
+
+def _snippet(answer: Answer, place: int) -> str:
+    rest = answer.text[place : place + SNIPPET_LEN]
+    return rest if place + SNIPPET_LEN < len(answer.text) else f"{rest}<{answer.finish_reason}>"
+
+
+def print_results(scores: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:
+    """The table, and a line per difference."""
+    print_table([_table_row(result) for result in scores])
+    for result in scores:
+        if result["tokens_of_others"]:
+            print(
+                f"{result['url']} served {result['tokens_of_others']} more tokens to others: acceptance is theirs too"
+            )
+    for found in differences:
+        one, other = (f"{text!r} ({value})" for text, value in zip(found["outputs"], found["answers"], strict=True))
+        print(f"question {found['question']} differs from character {found['character']}: {one} | {other}")
+    if len(scores) > 1:
+        print(f"{len(differences)} of {scores[0]['questions']} outputs differ")
+
+
+def _table_row(result: dict[str, Any]) -> dict[str, Any]:
+    shown = {name: f"{result[name]:.3f}" for name in ("accuracy", "stderr", "invalid", "truncated")}
+    shown |= {name: _or_dash(result[name]) for name in ("drafts_per_step", "accept_length")}
+    per_position = result["acceptance_per_position"]
+    return {
+        "questions": result["questions"],
+        **shown,
+        "mean_output_len": result["mean_output_len"],
+        "output_tok_s": result["output_tok_s"],
+        "acceptance_per_position": " ".join(f"{share:.3f}" for share in per_position) or "-",
+        "server": result["url"],
+    }
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def write_outputs(path: str, runs: Sequence[Run], questions: Sequence[Problem]) -> None:
+    """One JSON line per server and question: what was asked for and what came."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for done in runs:
+            for problem, answer in zip(questions, done.answers, strict=True):
+                value = None if answer.value is None else str(answer.value)
+                numbers = {"question": problem.number, "gold": str(problem.gold), "answer": value}
+                line = {"url": done.url, **numbers, "finish_reason": answer.finish_reason, "text": answer.text}
+                file.write(json.dumps(line) + "\n")
