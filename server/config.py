@@ -12,6 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from server.errors import ConfigError
 
 MAX_MTP_STEP = 8
+# Tokens of one pass: more than a launch can have programs for.
+MAX_CHUNK = 65535
 # Newest positions per request that the draft head catches up on when drafts are wanted again; it never sees older ones.
 MAX_BEHIND = 16
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
@@ -111,6 +113,8 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        if self.chunked_prefill_size > MAX_CHUNK:
+            raise ConfigError(f"--chunked-prefill-size is {self.chunked_prefill_size}, it must be at most {MAX_CHUNK}")
         for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be 0 or more")

@@ -173,3 +173,9 @@ def test_a_page_size_that_does_not_divide_the_checkpoint_interval_is_refused_wit
         EngineConfig(page_size=48)
     assert EngineConfig(page_size=48, checkpoint_interval=1056).page_size == 48
     assert EngineConfig(page_size=48, prefix_cache="off").page_size == 48
+
+
+def test_a_chunk_that_no_launch_can_hold_is_refused() -> None:
+    assert EngineConfig(chunked_prefill_size=65535).chunked_prefill_size == 65535
+    with pytest.raises(ConfigError, match="--chunked-prefill-size is 65536, it must be at most 65535"):
+        EngineConfig(chunked_prefill_size=65536)
