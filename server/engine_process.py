@@ -4,6 +4,7 @@ Here alone is every exception caught: it is logged, told to the api, and ends th
 an engine that has gone. Imports the engine, and with it torch, inside the process only.
 """
 
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -77,6 +78,8 @@ def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: st
 
 def serve(engine: Engine, channel: SyncEnd) -> None:
     """Say Ready, then answer until the parent process has gone."""
+    gc.collect()
+    gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
     channel.send(engine.ready)
     while _parent_lives():
         requests = channel.receive(0.0 if engine.has_work() else _IDLE_SECONDS)

@@ -5,7 +5,7 @@ asks the host or waits for it, every shape follows from (B, T, D), so a CUDA gra
 fewer drafts than T - 1 has rows of junk behind them, which its width keeps from being accepted and the next step
 overwrites.
 
-B requests, T rows each, D drafts to propose, R rows of the table (row 0 is padding: nothing of it counts), V vocabulary.
+B requests, T rows each, D drafts to propose, R rows of the table (row 0: padding, counts for nothing), V vocabulary.
 """
 
 import torch
