@@ -63,7 +63,10 @@ def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: st
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     channel = SyncEnd(endpoint)
     try:
-        serve(_load(engine, config), channel)
+        loaded = _load(engine, config)
+        gc.collect()
+        gc.freeze()  # what is loaded lives as long as the process: no collection need look at it again
+        serve(loaded, channel)
     except TandemError as error:
         channel.send(Fatal(error.message))
         sys.exit(1)
@@ -78,8 +81,6 @@ def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: st
 
 def serve(engine: Engine, channel: SyncEnd) -> None:
     """Say Ready, then answer until the parent process has gone."""
-    gc.collect()
-    gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
     channel.send(engine.ready)
     while _parent_lives():
         requests = channel.receive(0.0 if engine.has_work() else _IDLE_SECONDS)
