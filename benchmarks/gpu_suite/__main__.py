@@ -10,6 +10,7 @@ one JSON object, which also goes to --out; the trace lies beside it. Exit code 1
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -17,6 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+
+if importlib.util.find_spec("triton") is None:
+    sys.exit("the GPU suite needs Triton, which is not installed: pip install '.[cuda]'")
 
 from benchmarks.gpu_suite.jobs import MODELS, PARTS, plan, run_job
 from benchmarks.gpu_suite.log import Log
