@@ -16,6 +16,8 @@ SUPPORTED = {
     "Qwen3_5MoeForConditionalGeneration": True,
     "Qwen3_5MoeForCausalLM": True,
 }
+# Names of one number, the layers of the draft head: Hugging Face's, Megatron's, DeepSeek's and transformers' own.
+MTP_COUNTS = ("mtp_num_hidden_layers", "mtp_num_layers", "num_nextn_predict_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +185,13 @@ def _layer_types(text: _Fields) -> tuple[str, ...]:
 
 
 def _num_mtp_layers(text: _Fields) -> int:
-    for name in ("mtp_num_hidden_layers", "mtp_num_layers", "num_nextn_predict_layers", "num_mtp_layers"):
-        if text.get(name, 0) != 0:
-            return text.size(name)
-    return 0
+    """Absent, null and 0 mean no head. An explicit 0 contradicts any other number."""
+    found = {name: text.values[name] for name in MTP_COUNTS if text.values.get(name) is not None}
+    if len(set(map(str, found.values()))) > 1:
+        listed = ", ".join(f"{name} = {value}" for name, value in found.items())
+        raise CheckpointError(f"config.json: {listed} are names of one thing, but differ: keep the right one")
+    name = next(iter(found), None)
+    return text.size(name) if name is not None and found[name] != 0 else 0
 
 
 def _refuse_quantised(outer: dict[str, Any], text: _Fields) -> None:

@@ -1,27 +1,12 @@
-"""How many MTP layers a config asks for, and what Megatron is told about a checkpoint."""
+"""What Megatron is told about a checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
-from models.errors import CheckpointError
 
-ALIASES = ("mtp_num_hidden_layers", "mtp_num_layers", "num_nextn_predict_layers", "num_mtp_layers")
 LOSS_SCALING_FACTOR = 0.1
-
-
-def read_depth(outer: dict[str, Any]) -> int | None:
-    """The number of MTP layers of a config.json object under any of its names; None where none is given.
-
-    Raises CheckpointError where two names contradict each other, a given 0 included.
-    """
-    text = outer.get("text_config", outer)
-    found = {name: text[name] for name in ALIASES if text.get(name) is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} = {value}" for name, value in found.items())
-        raise CheckpointError(f"config.json: {listed} are names of one thing, but differ: keep the right one")
-    return next(iter(found.values()), None)
 
 
 def describe_for_megatron(config: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ModelConfig, parse_config, read_json
-from models.conversion.depth import read_depth
 from models.conversion.lazy_tensor import LazyTensor, from_file
 from models.conversion.staging import staged
 from models.errors import CheckpointError
@@ -80,7 +79,6 @@ def open_hugging_face(path: Path, needs_weights: bool = True) -> HuggingFaceDire
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json: a Hugging Face directory is needed")
     outer = read_json(path / "config.json")
-    read_depth(outer)
     found = HuggingFaceDirectory(path, parse_config(outer), "text_config" in outer)
     if not needs_weights and not (path / INDEX).exists() and not any(path.glob("*.safetensors")):
         return found

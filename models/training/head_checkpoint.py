@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig, read_json
+from models.config import MTP_COUNTS, ModelConfig, read_json
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_moe_mtp.model import build_draft as build_moe_draft
 from models.qwen3_5_mtp.model import Qwen35MTP
@@ -27,7 +27,6 @@ from models.weight_slot import WeightSlot
 from models.weights import list_weight_files, load_weights, normalise_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-_MTP_COUNTS = ("mtp_num_hidden_layers", "mtp_num_layers", "num_nextn_predict_layers", "num_mtp_layers")
 
 
 def load_models(
@@ -188,7 +187,7 @@ def _count_layers(path: Path, slots: Mapping[str, WeightSlot]) -> None:
     text = config.get("text_config", config)
     names = [normalise_name(name).split(".") for name in slots]
     num_layers = len({name[2] for name in names if name[:2] == ["mtp", "layers"]})
-    if num_layers and not any(text.get(name) for name in _MTP_COUNTS):
+    if num_layers and not any(text.get(name) for name in MTP_COUNTS):
         text["mtp_num_hidden_layers"] = num_layers
         path.write_text(json.dumps(config, indent=2) + "\n")
 

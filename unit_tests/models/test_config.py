@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from models.config import SUPPORTED, load_config, parse_config
+from models.config import MTP_COUNTS, SUPPORTED, load_config, parse_config
 from models.errors import CheckpointError
 from unit_tests.checkpoints import make_checkpoint, make_config
 
@@ -162,3 +162,21 @@ def test_a_file_written_by_transformers_is_read(tmp_path):
     transformers.Qwen3_5MoeConfig(**config).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert parse_config(saved | {"architectures": config["architectures"]}) == parse_config(config)
+
+
+@pytest.mark.parametrize("name", MTP_COUNTS)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_every_name_of_the_number_of_mtp_layers_is_read_at_its_place(name, depth):
+    config = make_config(nested=True)
+    del config["text_config"]["mtp_num_hidden_layers"]
+    assert parse_config(config).num_mtp_layers == 0
+    config["text_config"][name] = depth
+    assert parse_config(config).num_mtp_layers == depth
+
+
+def test_names_of_that_number_that_contradict_each_other_are_refused_an_explicit_zero_included():
+    config = make_config(mtp_layers=1)
+    assert parse_config(config | {"num_nextn_predict_layers": 1, "mtp_num_layers": None}).num_mtp_layers == 1
+    for other in (0, 2):
+        with pytest.raises(CheckpointError, match=f"mtp_num_hidden_layers = 1, num_mtp_layers = {other} are names of"):
+            parse_config(config | {"num_mtp_layers": other})

@@ -4,27 +4,8 @@ from pathlib import Path
 import pytest
 
 from models.config import parse_config
-from models.conversion.depth import ALIASES, describe_for_megatron, read_depth, save_settings
-from models.errors import CheckpointError
+from models.conversion.depth import describe_for_megatron, save_settings
 from unit_tests.checkpoints import make_config
-
-
-@pytest.mark.parametrize("name", ALIASES)
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_every_name_of_the_depth_is_read_at_its_place(name: str, depth: int) -> None:
-    config = make_config(nested=True)
-    del config["text_config"]["mtp_num_hidden_layers"]
-    assert read_depth(config) is None
-    config["text_config"][name] = depth
-    assert read_depth(config) == depth == parse_config(config).num_mtp_layers
-
-
-def test_names_that_contradict_each_other_are_refused_an_explicit_zero_included() -> None:
-    config = make_config(mtp_layers=1)
-    assert read_depth(config | {"num_nextn_predict_layers": 1, "mtp_num_layers": None}) == 1
-    for other in (0, 2):
-        with pytest.raises(CheckpointError, match=f"mtp_num_hidden_layers = 1, num_mtp_layers = {other} are names of"):
-            read_depth(config | {"num_mtp_layers": other})
 
 
 @pytest.mark.parametrize("depth", [1, 2])
