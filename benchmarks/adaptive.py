@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import trange
 
 from benchmarks.report import print_json, print_table
-from benchmarks.workload import Prompt, Served, accept_length, draw_problem, draw_tokens, serve_full
+from benchmarks.word_problems import draw_problem
+from benchmarks.workload import Prompt, Served, accept_length, draw_tokens, serve_full
 from server.llm import LLM, SamplingParams
 
 KINDS = ("predictable", "unpredictable")

@@ -24,7 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.report import percentile, print_json, print_table
-from benchmarks.workload import draw_problem, draw_tokens, serve
+from benchmarks.word_problems import draw_problem
+from benchmarks.workload import draw_tokens, serve
 from server.llm import LLM, Generate, SamplingParams
 from server.messages import Failed, TokenOutput
 

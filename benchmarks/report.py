@@ -22,9 +22,11 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
 
 
-def print_json(benchmark: str, config: dict[str, Any], results: Any) -> None:
-    """The last line: what ran, on what, and the numbers."""
-    print(json.dumps({"benchmark": benchmark, "config": config, **_describe_machine(), "results": results}))
+def print_json(benchmark: str, config: dict[str, Any], results: Any) -> str:
+    """The last line: what ran, on what, and the numbers. Gives what it prints."""
+    line = json.dumps({"benchmark": benchmark, "config": config, **_describe_machine(), "results": results})
+    print(line)
+    return line
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -1,4 +1,4 @@
-"""What several benchmarks serve: texts that the demo checkpoint knows, random tokens; and the loop that serves them."""
+"""What several benchmarks do with an engine: serve random tokens and other prompts, all at once or always so many."""
 
 import random
 import time
@@ -9,9 +9,6 @@ from server.llm import LLM, Generate, SamplingParams
 from server.messages import TokenOutput
 
 Prompt = tuple[list[int], SamplingParams]
-
-NAMES = ("Anna", "Mia", "Sara", "Lily", "Tom", "Ben", "Max", "Leo")
-THINGS = ("apples", "pencils", "books", "marbles", "stickers", "cookies", "shells", "coins")
 
 
 @dataclass
@@ -87,21 +84,3 @@ def accept_length(served: Sequence[Served]) -> float:
 def draw_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
     """Tokens that mean nothing."""
     return [rng.randrange(vocab_size) for _ in range(count)]
-
-
-def draw_problem(rng: random.Random) -> str:
-    """The prompt of a word problem in a sentence pattern of the demo checkpoint, with new names and numbers."""
-    name, other = rng.sample(NAMES, 2)
-    things = rng.choice(THINGS)
-    a, b, c = rng.randint(20, 60), rng.randint(2, 12), rng.randint(2, 9)
-    questions = (
-        f"{name} has {a} {things}. {other} gives them {b} more. How many {things} does {name} have now?",
-        f"{name} had {a} {things} and lost {b}. How many {things} are left?",
-        f"There are {b} boxes with {c} {things} in each. How many {things} are there in total?",
-        f"A train travels {b} miles every hour. How far does it travel in {c} hours?",
-        f"{name} buys {b} {things} for ${c} each. How much does {name} spend in total?",
-        f"{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
-        f"{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have together?",
-        f"A farm has {b} chickens and {c} cows. How many legs do the animals have in total?",
-    )
-    return f"Question: {rng.choice(questions)}\nAnswer:"

@@ -22,7 +22,8 @@ from benchmarks.gpu_suite.delta_cases import DeltaMemory, make_inputs, shape_of
 from benchmarks.gpu_suite.dimensions import dimensions_of
 from benchmarks.gpu_suite.log import Log
 from benchmarks.random_checkpoint import write_random_checkpoint
-from benchmarks.workload import draw_problem, draw_tokens, serve
+from benchmarks.word_problems import draw_problem
+from benchmarks.workload import draw_tokens, serve
 from kernels.gpu.gated_delta_rule import gated_delta_rule_verify
 from server.config import DEMO_MODEL
 from server.llm import LLM, SamplingParams

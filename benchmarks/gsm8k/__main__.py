@@ -20,9 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.gsm8k.client import Server, ask
-from benchmarks.gsm8k.problems import Problem, RunFailed, choose_problems
+from benchmarks.gsm8k.client import ask
+from benchmarks.gsm8k.problems import Problem, choose_problems
 from benchmarks.gsm8k.scores import Run, find_differences, print_results, score, write_outputs
+from benchmarks.openai_server import RunFailed, Server, growth
 from benchmarks.report import print_json
 
 
@@ -37,8 +38,7 @@ def run(server: Server, shots: Sequence[Problem], questions: Sequence[Problem], 
     finally:
         pool.shutdown(cancel_futures=True)
     seconds, after = time.perf_counter() - start, server.read_counters()
-    grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    return Run(server.url, server.model, [future.result() for future in futures], seconds, grown)
+    return Run(server.url, server.model, [future.result() for future in futures], seconds, growth(before, after))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -1,24 +1,16 @@
-"""Asks an OpenAI-compatible server GSM8K's questions: prompts, requests, answers, and the server's counters."""
+"""Asks an OpenAI-compatible server GSM8K's questions: prompts, requests and answers."""
 
 import argparse
-import http.client
-import json
-import urllib.error
-import urllib.request
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from benchmarks.gsm8k.problems import Problem, RunFailed, one_line, parse_answer
+from benchmarks.gsm8k.problems import Problem, parse_answer
+from benchmarks.openai_server import RunFailed, Server, one_line
 
 STOP = ("Question", "Assistant:", "<|separator|>")  # as SGLang's and vLLM's scripts have them
 END_OF_THOUGHT = "</think>"
-
-Counters = dict[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -37,53 +29,6 @@ class Answer:
     def is_truncated(self) -> bool:
         """Whether it was cut off, so that its number may be none of its own conclusions."""
         return self.finish_reason != "stop"
-
-
-class Server:
-    """An OpenAI-compatible server. `model` is the first it serves. Raises RunFailed where it does not answer."""
-
-    def __init__(self, url: str, timeout: float):
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout = timeout
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # nothing between: it is timed
-        models = self.send("/v1/models").get("data") or [{}]
-        self.model = str(models[0].get("id", ""))
-
-    def send(self, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object that answers a GET, or a POST of `payload`."""
-        try:
-            answer = json.loads(self._fetch(path, payload))
-        except ValueError as error:
-            raise RunFailed(f"{self.url}{path} answers without JSON: {one_line(error)}") from error
-        if not isinstance(answer, dict):
-            raise RunFailed(f"{self.url}{path} answers without a JSON object; is it an OpenAI-compatible server?")
-        return answer
-
-    def read_counters(self) -> Counters:
-        """Values of /metrics by name and draft position ("" where there is none); empty when there are no metrics."""
-        counters: Counters = defaultdict(float)
-        try:
-            text = self._fetch("/metrics", None).decode()
-            samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        except (RunFailed, ValueError):
-            return counters
-        for sample in samples:
-            counters[sample.name, sample.labels.get("position", "")] += sample.value
-        return counters
-
-    def _fetch(self, path: str, payload: dict[str, Any] | None) -> bytes:
-        body = None if payload is None else json.dumps(payload).encode()
-        try:
-            request = urllib.request.Request(self.url + path, body, {"content-type": "application/json"})
-            with self._opener.open(request, timeout=self._timeout) as response:
-                content: bytes = response.read()
-                return content
-        except urllib.error.HTTPError as error:
-            said = one_line(error.read().decode(errors="replace"))
-            raise RunFailed(f"{self.url}{path} answers {error.code}: {said}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = one_line(getattr(error, "reason", error))
-            raise RunFailed(f"cannot reach {self.url}{path}: {reason}; is the server running there?") from error
 
 
 def completion_prompt(shots: Sequence[Problem], problem: Problem) -> str:

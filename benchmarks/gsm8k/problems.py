@@ -12,6 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from benchmarks.openai_server import RunFailed, one_line
+
 ANSWER_MARK = "####"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.jsonl)(?<!\.parquet)")
 
@@ -19,10 +21,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.jsonl)(?<!\.parquet)"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])[-−])?\$?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)", re.ASCII
 )
-
-
-class RunFailed(Exception):
-    """The run cannot begin or go on: what was seen, the limit, the mend."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,3 @@ def _take(problems: list[Problem], count: int | None, flag: str, split: str) -> 
     if not problems or (count or 0) > len(problems):
         raise RunFailed(f"{flag} asks for {count or 'all'} problems, the {split} split has {len(problems)}")
     return problems[:count]
-
-
-def one_line(error: object) -> str:
-    """What an error or a body says, in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."

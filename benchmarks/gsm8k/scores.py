@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gsm8k.client import Answer, Counters
+from benchmarks.gsm8k.client import Answer
 from benchmarks.gsm8k.problems import Problem
+from benchmarks.openai_server import Counters, count_foreign_tokens, describe_speculation
 from benchmarks.report import print_table
 
 SNIPPET_LEN = 40  # characters shown of an output from where it differs
@@ -44,36 +45,8 @@ def score(done: Run, questions: Sequence[Problem]) -> dict[str, Any]:
         "output_tok_s": num_tokens / done.seconds,
         "seconds": done.seconds,
         **describe_speculation(done.counters),
-        "tokens_of_others": _count_foreign_tokens(done.counters, num_tokens),
+        "tokens_of_others": count_foreign_tokens(done.counters, num_tokens),
     }
-
-
-def describe_speculation(counters: Counters) -> dict[str, Any]:
-    """Per verify step of a request: drafts, and tokens (1 + accepted); accepted over proposed drafts, and by position.
-
-    Few drafts per step mean that the server chose to draft little: acceptance is of those it drafted. A server that
-    does not count what it proposed by position (vLLM) is taken to propose at every position in every step.
-    """
-    steps = counters.get(("vllm:spec_decode_num_drafts_total", ""), 0.0)
-    proposed = counters.get(("vllm:spec_decode_num_draft_tokens_total", ""), 0.0)
-    accepted = counters.get(("vllm:spec_decode_num_accepted_tokens_total", ""), 0.0)
-    per_position = []
-    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-    for position in sorted((place for key, place in counters if key == name), key=int):
-        tried = counters.get(("tandem:spec_decode_num_draft_tokens_per_pos_total", position), steps)
-        if tried:
-            per_position.append(counters[name, position] / tried)
-    return {
-        "drafts_per_step": proposed / steps if steps else None,
-        "accept_length": 1 + accepted / steps if steps else None,
-        "acceptance": accepted / proposed if proposed else None,
-        "acceptance_per_position": per_position,
-    }
-
-
-def _count_foreign_tokens(counters: Counters, num_own: int) -> int | None:
-    served = counters.get(("vllm:generation_tokens_total", ""))
-    return None if served is None else round(served) - num_own
 
 
 def find_differences(first: Run, second: Run, questions: Sequence[Problem]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gsm8k.client import ask, chat_messages, completion_prompt, read_answer
-from benchmarks.gsm8k.problems import Problem, RunFailed
+from benchmarks.gsm8k.problems import Problem
+from benchmarks.openai_server import RunFailed
 from unit_tests.benchmarks.gsm8k.splits import args_for
 
 

@@ -4,7 +4,8 @@ from decimal import Decimal
 
 from benchmarks.gsm8k.client import Answer
 from benchmarks.gsm8k.problems import Problem
-from benchmarks.gsm8k.scores import Run, describe_speculation, find_differences, score
+from benchmarks.gsm8k.scores import Run, find_differences, score
+from benchmarks.openai_server import describe_speculation
 
 
 def test_wrong_invalid_and_truncated_answers_are_shares_of_all_questions() -> None:

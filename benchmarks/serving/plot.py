@@ -1,0 +1,35 @@
+"""Draws speed and latency over the load, where matplotlib is installed."""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PANELS = (
+    ("output tokens per second", lambda row: row["output_tok_s"]),
+    ("TTFT p50 / ms", lambda row: row["ttft_ms"] and row["ttft_ms"]["p50"]),
+    ("TPOT p50 / ms", lambda row: row["tpot_ms"] and row["tpot_ms"]["p50"]),
+)
+
+
+def plot(loads: Sequence[dict[str, Any]], path: Path) -> str:
+    """Write a picture with a line per server, of results as they stand in the JSON object; says what was done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    if not loads:
+        return "no plot: nothing was measured"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(_PANELS), 4), layout="constrained")
+    names = [server["server"] for server in loads[0]["servers"]]
+    for axes, (title, read) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        for place, name in enumerate(names):
+            points = [(float(load["value"]), read(load["servers"][place]) or math.nan) for load in loads]
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set_xlabel(loads[0]["kind"].replace("_", " "))
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.savefig(path)
+    return f"the plot is in {path}"
