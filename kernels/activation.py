@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.training import SiluAndMul, trains
 from kernels.gpu.dispatch import runs_triton
 
 
@@ -12,7 +13,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         from kernels.gpu.activation import silu_and_mul as silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up)
-    return silu_and_mul_torch(gate_up)
+    return SiluAndMul.apply(gate_up) if trains(gate_up) else silu_and_mul_torch(gate_up)
 
 
 def silu_and_mul_torch(gate_up: Tensor) -> Tensor:

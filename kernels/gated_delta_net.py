@@ -1,4 +1,5 @@
-"""The verify step of a Gated DeltaNet layer between its two projections: convolution, gates, delta rule, gated norm.
+"""A Gated DeltaNet layer between its two projections, a verify step or whole sequences: convolution, gates, delta rule,
+gated norm.
 
 It composes kernels/causal_conv1d.py, kernels/gated_delta_rule.py and kernels/rms_norm.py, where the formulas stand, and
 serves every device. On a CPU kernels/cpu/decoder.py does it, with all that surrounds it, in one pass over the state.
@@ -12,8 +13,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d_cached
-from kernels.gated_delta_rule import DeltaRing, Fold, gated_delta_rule_verify
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached
+from kernels.cpu.delta_training import ConvolvedHeads
+from kernels.cpu.training import runs
+from kernels.gated_delta_rule import DeltaRing, Fold, gated_delta_rule, gated_delta_rule_verify
 from kernels.rms_norm import gated_rms_norm, l2_norm
 
 
@@ -79,6 +82,22 @@ def gated_delta_net_verify(
     q, k, v = split_heads(conv, shape)
     out = gated_delta_rule_verify(q, k, v, log_alpha, beta, memory.state, memory.ring, place.fold, place.write_slots)
     return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
+
+
+def gated_delta_net_sequence(projected: Tensor, shape: DeltaNetShape, weights: DeltaNetWeights) -> Tensor:
+    """Whole sequences from a zero state, differentiable: projected [B, T, ...] as in `gated_delta_net_verify`, split
+    by sequence -> [B · T, HV · DV]."""
+    qkv, z, log_alpha, beta = split_projected(projected, shape, weights)
+    q, k, v = convolve_heads(qkv, weights.conv, shape)
+    out = gated_delta_rule(q, k, v, log_alpha, beta)
+    return gated_rms_norm(out, z, weights.norm, weights.eps).view(-1, shape.value_heads * shape.value_dim)
+
+
+def convolve_heads(qkv: Tensor, conv: Tensor, shape: DeltaNetShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole sequences, differentiable: the convolution of qkv [B, T, C] with conv [C, W], and `split_heads` of it."""
+    if runs(qkv, conv):
+        return ConvolvedHeads.apply(qkv, conv, tuple(shape))
+    return split_heads(causal_conv1d(qkv, conv), shape)
 
 
 def split_projected(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.library import load_library
+from kernels.cpu.training import LinearProduct, trains
 
 MAX_ROWS = 64
 _FUNCTIONS = {torch.bfloat16: "linear_bfloat16", torch.float32: "linear_float32", torch.float64: "linear_float64"}
@@ -20,12 +21,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in], weight [out, in] of one dtype -> [..., out].
 
     On a CPU, up to MAX_ROWS rows without gradients are summed in float32 or wider, in an order that does not depend on
-    the other rows: the same row gives the same bits in any batch.
+    the other rows: the same row gives the same bits in any batch. float32 with gradients is multiplied by oneDNN.
     """
     if x.device.type == "cpu" and x.numel() <= MAX_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         library = load_library()
         if library is not None and weight.dtype in _FUNCTIONS and weight.is_contiguous():
             return _linear_cpp(getattr(library, _FUNCTIONS[weight.dtype]), x, weight)
+    if trains(x, weight):
+        return LinearProduct.apply(x, weight)
     return F.linear(x, weight)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu import training
 from kernels.cpu.library import load_library
 from kernels.gpu.dispatch import runs_triton
 
@@ -25,6 +26,8 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
         library = load_library()
         if library is not None:
             return _rms_norm_cpp(getattr(library, _FUNCTIONS[scale.dtype]), x, scale, eps)
+    if training.trains(x, scale):
+        return training.RMSNorm.apply(x, scale, eps)
     return rms_norm_torch(x, scale, eps)
 
 
@@ -39,6 +42,8 @@ def add_rms_norm(x: Tensor, delta: Tensor, scale: Tensor, eps: float) -> tuple[T
         from kernels.gpu.rms_norm import add_rms_norm as add_rms_norm_triton
 
         return add_rms_norm_triton(x, delta, scale, eps)
+    if training.trains(x, delta, scale):
+        return training.AddRMSNorm.apply(x, delta, scale, eps)
     total = x + delta
     return rms_norm(total, scale, eps), total
 
@@ -54,6 +59,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     x [..., D] float32 or wider; gate [..., D] model dtype; weight [D] is plain (no + 1). The normed value passes
     through the model dtype before the weight, as in the published model.
     """
+    if training.trains(x, gate, weight):
+        return training.GatedRMSNorm.apply(x, gate, weight, eps)
     normed = F.rms_norm(x, (x.shape[-1],), None, eps).to(gate.dtype).to(x.dtype)
     return (normed * weight * F.silu(gate.to(x.dtype))).to(gate.dtype)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import store_kv
+from kernels.cpu.training import NormRotary, trains
 from kernels.gpu.dispatch import runs_triton
 from kernels.rms_norm import rms_norm
 
@@ -36,6 +37,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def norm_rotary(x: Tensor, scale: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Norm and rotate the heads of x [N, heads, D]; scale [D] is 1 + w; cos, sin [N, 1, D_rot / 2]."""
+    if trains(x, scale, cos, sin):
+        return NormRotary.apply(x, scale, eps, cos, sin)
+    return apply_rotary(rms_norm(x, scale, eps), cos, sin)
 
 
 def norm_rope_store(

@@ -31,6 +31,18 @@ _SIGNATURES = {
         (*[_POINTER] * 3, _SIZE, _POINTER, _POINTER, _REAL, *[_POINTER] * 5, _COUNT),
         ("bfloat16", "float32", "float64"),
     ),
+    "add_norm": ((*[_POINTER] * 5, _SIZE, _SIZE, _REAL, _COUNT), ("float32",)),
+    "add_norm_backward": ((*[_POINTER] * 6, _SIZE, _SIZE, _REAL, _COUNT), ("float32",)),
+    "gated_norm": ((*[_POINTER] * 5, _REAL, _COUNT), ("float32",)),
+    "gated_norm_backward": ((*[_POINTER] * 8, _REAL, _COUNT), ("float32",)),
+    "norm_rotary": ((*[_POINTER] * 5, _REAL, _COUNT), ("float32",)),
+    "norm_rotary_backward": ((*[_POINTER] * 7, _REAL, _COUNT), ("float32",)),
+    "silu_and_mul": ((_POINTER, _POINTER, _SIZE, _SIZE, _COUNT), ("float32",)),
+    "silu_and_mul_backward": ((*[_POINTER] * 3, _SIZE, _SIZE, _COUNT), ("float32",)),
+    "convolve_heads": ((*[_POINTER] * 4, _COUNT), ("float32",)),
+    "convolve_heads_backward": ((*[_POINTER] * 6, _COUNT), ("float32",)),
+    "delta_rule": ((*[_POINTER] * 4, _COUNT), ("float32",)),
+    "delta_rule_backward": ((*[_POINTER] * 5, _COUNT), ("float32",)),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.attention import causal_attention, paged_attention, store_kv
 from kernels.linear import linear
-from kernels.rotary import apply_rotary, norm_rope_store
+from kernels.rotary import norm_rope_store, norm_rotary
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
 from models.layers.linear import Linear, StackedLinear
@@ -40,8 +40,8 @@ class Attention(nn.Module):
         q_gate, k, v = self.qkv(x)
         q, gate = q_gate.view(-1, self.num_heads, 2 * self.head_dim).chunk(2, dim=-1)  # [N, HQ, D] each
         k, v = (part.view(-1, self.num_kv_heads, self.head_dim) for part in (k, v))  # [N, HKV, D] each
-        q = apply_rotary(self.q_norm(q), *rotary)
-        k = apply_rotary(self.k_norm(k), *rotary)
+        q = norm_rotary(q, self.q_norm.scale, self.q_norm.eps, *rotary)
+        k = norm_rotary(k, self.k_norm.scale, self.k_norm.eps, *rotary)
         out = self._attend(q, k, v, forward) * gate.sigmoid()
         return self.out(out.flatten(-2))
 

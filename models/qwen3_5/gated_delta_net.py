@@ -8,16 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached
+from kernels.causal_conv1d import causal_conv1d_cached
 from kernels.gated_delta_net import (
     DeltaNetMemory,
     DeltaNetShape,
     DeltaNetWeights,
+    gated_delta_net_sequence,
     gated_delta_net_verify,
     split_heads,
     split_projected,
 )
-from kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_prefill
+from kernels.gated_delta_rule import gated_delta_rule_prefill
 from kernels.rms_norm import gated_rms_norm
 from models.cache import GDNCache
 from models.config import ModelConfig
@@ -62,14 +63,12 @@ class GatedDeltaNet(nn.Module):
         if memory is not None and view is not None and view.is_verify:
             return gated_delta_net_verify(projected, self.shape, weights, memory, part.verify_place)
         by_request = projected.view(part.num_requests, -1, projected.shape[-1])
-        qkv, z, log_alpha, beta = split_projected(by_request, self.shape, weights)
         if memory is None or view is None:
-            q, k, v = split_heads(causal_conv1d(qkv, weights.conv), self.shape)
-            out = gated_delta_rule(q, k, v, log_alpha, beta)
-        else:
-            conv = causal_conv1d_cached(qkv, weights.conv, memory.conv_ring, *part.conv_slots)
-            q, k, v = split_heads(conv, self.shape)
-            out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
+            return gated_delta_net_sequence(by_request, self.shape, weights)
+        qkv, z, log_alpha, beta = split_projected(by_request, self.shape, weights)
+        conv = causal_conv1d_cached(qkv, weights.conv, memory.conv_ring, *part.conv_slots)
+        q, k, v = split_heads(conv, self.shape)
+        out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
         return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
 
     def _mix_gpu(self, projected: Tensor, weights: DeltaNetWeights, forward: ForwardBatch) -> Tensor:

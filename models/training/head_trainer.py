@@ -115,7 +115,8 @@ class HeadTrainer:
         device = self.target.norm.scale.device
         token_ids, is_target = batch.token_ids.to(device), batch.is_target.to(device)
         labels = torch.where(is_target, token_ids, IGNORED)
-        with torch.set_grad_enabled(self.settings.joint and torch.is_grad_enabled()):
+        # A target that stands still records no gradients either way; a CPU's fast path is that of training.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.settings.joint or device.type == "cpu")):
             hidden = self.target.forward_sequence(token_ids)
         main = None
         if self.settings.joint:

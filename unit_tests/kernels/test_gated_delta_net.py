@@ -10,6 +10,8 @@ from kernels.gated_delta_net import (
     DeltaNetShape,
     DeltaNetWeights,
     VerifyPlace,
+    convolve_heads,
+    gated_delta_net_sequence,
     gated_delta_net_verify,
     split_heads,
     split_projected,
@@ -99,3 +101,18 @@ def test_the_projection_is_split_as_the_checkpoint_stacks_it() -> None:
     torch.testing.assert_close(k.norm(dim=-1), torch.ones_like(k[..., 0]), rtol=1e-4, atol=0)
     torch.testing.assert_close(q / q.norm(dim=-1, keepdim=True), raw / raw.norm(dim=-1, keepdim=True))
     assert torch.equal(v.flatten(2), qkv[..., 2 * key_size :])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_sequences_are_made_of_the_operations_in_order(shape, dtype):
+    projected, weights = draw_inputs(shape, 2 * 40, seed=9).view(2, 40, -1), make_weights(shape)
+    qkv, z, log_alpha, beta = split_projected(projected, shape, weights)
+    q, k, v = split_heads(causal_conv1d(qkv, weights.conv), shape)
+    out = gated_delta_rule(q, k, v, log_alpha, beta)
+    expected = gated_rms_norm(out, z, weights.norm, EPS).flatten(0, 1).flatten(1)
+    narrow = DeltaNetWeights(*(part.to(dtype) for part in weights[:4]), EPS)
+    found = gated_delta_net_sequence(projected.to(dtype), shape, narrow)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-12)
+    heads = convolve_heads(qkv.to(dtype), narrow.conv, shape)
+    torch.testing.assert_close([x.double() for x in heads], [q, k, v], rtol=0, atol=1e-5)

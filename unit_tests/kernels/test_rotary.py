@@ -10,6 +10,7 @@ from kernels.rotary import (
     apply_rotary,
     norm_rope_store,
     norm_rope_store_torch,
+    norm_rotary,
     rotary_angles,
     rotary_frequencies,
 )
@@ -79,3 +80,11 @@ def test_queries_and_keys_are_normed_and_rotated_and_keys_and_values_stored(op):
     torch.testing.assert_close(kv[0].flatten(0, 1)[slots], keys)
     assert torch.equal(kv[1].flatten(0, 1)[slots], heads[:, 2 * HEADS + kv_heads :])
     assert (kv[0].flatten(0, 1)[[1, 2, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_are_normed_and_then_turned(dtype):
+    angles = rotary_angles(torch.tensor([0, 3, 70]), ROTARY_DIM, THETA, torch.float64)
+    x, scale = torch.randn(3, HEADS, D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+    found = norm_rotary(x.to(dtype), scale.to(dtype), 1e-6, *(part.to(dtype) for part in angles))
+    torch.testing.assert_close(found.double(), apply_rotary(rms_norm(x, scale, 1e-6), *angles), rtol=1e-5, atol=1e-5)
