@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
 from models.training.conversations import draw_text
-from models.training.demo_batches import draw_batches
-from models.training.demo_evaluation import draw_held_out, evaluate
+from models.training.demo_batches import Batch, draw_batches
+from models.training.demo_evaluation import (
+    ask_in_chat,
+    ask_plainly,
+    draw_held_out,
+    draw_tool_questions,
+    evaluate,
+)
 from models.training.demo_tokenizer import find_stop_ids, save_tokenizer, train_tokenizer
 from models.training.demo_trainer import TrainingSettings, initialize, train
 from models.weights import export_tensors, load_weights, save_weights
@@ -68,14 +75,19 @@ class Demo:
 
 
 def main() -> None:
-    """Train or evaluate, as the command line says."""
+    """Train, evaluate or write problems, as the command line says."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.num_threads)
-    if arguments.evaluate:
+    if arguments.write_problems:
+        write_problems(arguments.write_problems, arguments.num_problems, arguments.evaluation_seed)
+    elif arguments.evaluate:
         report(arguments.evaluate, arguments.num_problems, arguments.evaluation_seed)
     else:
         settings = TrainingSettings(arguments.steps, arguments.minutes, arguments.rate)
-        train_demo(arguments.out, arguments.resume, settings, arguments.batch_tokens, arguments.seed)
+        rng = random.Random(arguments.seed)
+        demo = start_demo(arguments.resume, rng, arguments.seed)
+        batches = draw_batches(rng, demo.tokenizer, arguments.batch_tokens)
+        train_demo(arguments.out, demo, settings, batches, arguments.seed)
         report(arguments.out, arguments.num_problems, arguments.evaluation_seed)
 
 
@@ -83,31 +95,37 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="where to write the checkpoint")
-    parser.add_argument("--steps", type=int, default=2600, help="length of the training")
+    parser.add_argument("--steps", type=int, default=5200, help="length of the training")
     parser.add_argument("--minutes", type=float, default=math.inf, help="limit of its wall time; shortens the plan")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch, padding included")
     parser.add_argument("--resume", type=Path, default=None, help="start from the checkpoint in this directory")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the training texts")
     parser.add_argument("--evaluate", type=Path, default=None, help="only measure the checkpoint in this directory")
+    parser.add_argument(
+        "--write-problems", type=Path, default=None, help="only write held-out problems of two and three steps there"
+    )
     parser.add_argument("--num-problems", type=int, default=500, help="held-out problems of the final evaluation")
     parser.add_argument("--evaluation-seed", type=int, default=1_000_003, help="of the held-out problems")
     parser.add_argument("--num-threads", type=int, default=1, help="torch threads")
     return parser.parse_args()
 
 
-def train_demo(out: Path, resume: Path | None, settings: TrainingSettings, batch_tokens: int, seed: int) -> None:
-    """Train from nothing, or from a checkpoint; the one in `out` is renewed at every evaluation and at the end."""
+def start_demo(resume: Path | None, rng: random.Random, seed: int) -> Demo:
+    """Give a new checkpoint, or the one in the directory `resume`."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    demo = load_demo(resume) if resume else create_demo(rng)
-    problems = draw_held_out(seed, 60)
+    return load_demo(resume) if resume else create_demo(rng)
+
+
+def train_demo(out: Path, demo: Demo, settings: TrainingSettings, batches: Iterator[Batch], seed: int) -> None:
+    """Train; the checkpoint in `out` is renewed at every evaluation and at the end."""
+    questions = [ask_in_chat(problem) for problem in draw_held_out(seed, 60)]
 
     def save_and_evaluate() -> str:
         save_checkpoint(out, demo)
-        return str(evaluate(demo.target, demo.draft, demo.tokenizer, problems))
+        return str(evaluate(demo.target, demo.draft, demo.tokenizer, questions))
 
-    train(demo.target, demo.draft, draw_batches(rng, demo.tokenizer, batch_tokens), settings, save_and_evaluate)
+    train(demo.target, demo.draft, batches, settings, save_and_evaluate)
     save_checkpoint(out, demo)
 
 
@@ -137,12 +155,24 @@ def report(folder: Path, num_problems: int, seed: int) -> None:
     demo = load_demo(folder)
     result: dict[str, Any] = {"checkpoint": str(folder), "num_problems": num_problems, "seed": seed}
     problems = draw_held_out(seed, num_problems)
-    for kind in ("chat", "plain"):
-        score = evaluate(demo.target, demo.draft, demo.tokenizer, problems, is_chat=kind == "chat")
+    kinds = {
+        "chat": [ask_in_chat(problem) for problem in problems],
+        "thinking": [ask_in_chat(problem, thinks=True) for problem in problems],
+        "plain": [ask_plainly(problem) for problem in problems],
+        "tools": draw_tool_questions(seed, num_problems),
+    }
+    for kind, questions in kinds.items():
+        score = evaluate(demo.target, demo.draft, demo.tokenizer, questions)
         print(f"{kind}: {score}")
         result[f"{kind}_solved"] = round(score.solved, 4)
         result[f"{kind}_acceptance"] = round(score.acceptance, 4)
     print(json.dumps(result))
+
+
+def write_problems(path: Path, num_problems: int, seed: int) -> None:
+    """Write held-out problems of two and three steps as GSM8K's JSON lines, for `python -m benchmarks.gsm8k --data`."""
+    rows = [{"question": p.question, "answer": p.answer} for p in draw_held_out(seed, num_problems, min_steps=2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def describe_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""Measures a target and its MTP head on word problems: greedy answers and the drafts that greedy decoding accepts.
+"""Measures a target and its MTP head on word problems and tool calls: greedy answers, and the drafts that greedy
+decoding accepts.
 
 Decodes by whole-sequence forwards, without caches: short, and independent of the server. A guess of the answer makes
 this fast and changes nothing: only tokens that the model itself chooses are kept.
 """
 
+import operator
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -13,12 +17,21 @@ from torch import Tensor, nn
 
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
-from models.training.conversations import chat_prompt, plain_prompt
+from models.training.conversations import Text, chat_text, plain_text, think_about, tool_call_text
 from models.training.demo_tokenizer import find_stop_ids
+from models.training.tool_chats import draw_tool_chat
 from models.training.word_problems import Problem, draw_problem, read_result
 
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 200
 BATCH_SIZE = 50
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text whose completion is asked for, and what tells a right one (special tokens are not part of it)."""
+
+    text: Text
+    is_right: Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -26,8 +39,8 @@ class Score:
     """What an evaluation found.
 
     Attributes:
-        num_problems: how many were asked.
-        num_solved: answers whose last `####` number is right and that ended by themselves.
+        num_problems: questions that were asked.
+        num_solved: answers that are right and ended by themselves.
         num_drafts: drafts proposed with one draft per step (mtp_step 1).
         num_accepted: drafts among them that were the token decoded next.
     """
@@ -54,29 +67,49 @@ class Score:
         )
 
 
-def draw_held_out(seed: int, num_problems: int) -> list[Problem]:
-    """Draw problems that training never sees."""
+def draw_held_out(seed: int, num_problems: int, min_steps: int = 1) -> list[Problem]:
+    """Draw problems of at least so many steps that training never sees."""
     rng = random.Random(seed)
-    return [draw_problem(rng, held_out=True) for _ in range(num_problems)]
+    problems: list[Problem] = []
+    while len(problems) < num_problems:
+        problem = draw_problem(rng, held_out=True)
+        if problem.num_steps >= min_steps:
+            problems.append(problem)
+    return problems
+
+
+def ask_in_chat(problem: Problem, thinks: bool = False) -> Question:
+    """Give a problem as a chat."""
+    messages = [{"role": "user", "content": problem.question}]
+    return _ask(problem, chat_text(messages, problem.answer, think_about(problem) if thinks else None))
+
+
+def ask_plainly(problem: Problem) -> Question:
+    """Give a problem as a plain completion."""
+    return _ask(problem, plain_text(problem))
+
+
+def draw_tool_questions(seed: int, count: int) -> list[Question]:
+    """Draw chats that need a tool; right is the very call that was asked for. Training may have seen some of them."""
+    rng = random.Random(seed)
+    texts = [(chat, tool_call_text(chat, [], thinks=False)) for chat in (draw_tool_chat(rng) for _ in range(count))]
+    return [Question(text, partial(operator.eq, chat.markup)) for chat, text in texts]
 
 
 @torch.no_grad()
-def evaluate(
-    target: Qwen35, draft: Qwen35MTP, tokenizer: Tokenizer, problems: list[Problem], is_chat: bool = True
-) -> Score:
-    """Decode an answer to every problem greedily and count right answers and accepted drafts."""
-    render, space = (chat_prompt, "") if is_chat else (plain_prompt, " ")
-    prompts = [tokenizer.encode(render(problem.question)).ids for problem in problems]
-    guesses = [tokenizer.encode(space + problem.answer).ids for problem in problems]
+def evaluate(target: Qwen35, draft: Qwen35MTP, tokenizer: Tokenizer, questions: Sequence[Question]) -> Score:
+    """Decode an answer to every question greedily and count right answers and accepted drafts."""
+    prompts = [tokenizer.encode(question.text.prompt).ids for question in questions]
+    guesses = [tokenizer.encode(question.text.completion).ids[:-1] for question in questions]
     stop_ids = set(find_stop_ids(tokenizer))
     answers = decode_greedily(target, prompts, guesses, stop_ids)
     num_solved, walks = 0, []
-    for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
+    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
         has_stopped = bool(answer) and answer[-1] in stop_ids
-        num_solved += has_stopped and read_result(tokenizer.decode(answer)) == problem.result
+        num_solved += has_stopped and question.is_right(tokenizer.decode(answer))
         walks.append(walk_drafts(draft_tokens(target, draft, prompt + answer), prompt, answer))
     num_drafts, num_accepted = (sum(counts) for counts in zip(*walks, strict=True))
-    return Score(len(problems), num_solved, num_drafts, num_accepted)
+    return Score(len(questions), num_solved, num_drafts, num_accepted)
 
 
 @torch.no_grad()
@@ -120,6 +153,11 @@ def walk_drafts(drafts: list[int], prompt: list[int], answer: list[int]) -> tupl
         num_accepted += is_accepted
         newest += 1 + is_accepted
     return num_drafts, num_accepted
+
+
+def _ask(problem: Problem, text: Text) -> Question:
+    """Give a question whose right answers end in the problem's result."""
+    return Question(text, lambda answer: read_result(answer) == problem.result)
 
 
 def _choose_tokens(target: Qwen35, prompts: list[list[int]], continuations: list[list[int]]) -> list[list[int]]:

@@ -17,9 +17,10 @@ END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
-THINK_TOKENS = ("<think>", "</think>")  # added, but not special: decoding keeps them
+# Added, but not special: decoding keeps them.
+MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-_ADDED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + THINK_TOKENS)))
+_ADDED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + MARKUP_TOKENS)))
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,18 +37,52 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+{%- macro text_of_call(call) -%}
+{%- set function = call.function if call.function is defined else call -%}
+{{ '<tool_call>\\n<function=' ~ function.name ~ '>\\n' }}
+{%- for key, value in function.arguments | items -%}
+{{ '<parameter=' ~ key ~ '>\\n' ~ (value if value is string else value | tojson) ~ '\\n</parameter>\\n' }}
+{%- endfor -%}
+{{ '</function>\\n</tool_call>' }}
+{%- endmacro -%}
+{%- set newest = namespace(query=-1) -%}
 {%- for message in messages -%}
-{%- if message.role == 'system' and not loop.first -%}
-{{ raise_exception('System message must be at the beginning.') }}
+{%- if message.role == 'user' -%}{%- set newest.query = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- set has_system = messages and messages[0].role == 'system' -%}
+{%- if tools -%}
+{{ '<|im_start|>system\\n# Tools\\n\\n<tools>\\n' }}
+{%- for tool in tools -%}{{ tool | tojson ~ '\\n' }}{%- endfor -%}
+{{ '</tools>\\n\\nCall one like this:\\n<tool_call>\\n<function=NAME>\\n<parameter=KEY>\\nVALUE\\n</parameter>\\n' -}}
+{{ '</function>\\n</tool_call>' ~ ('\\n\\n' ~ text_of(messages[0].content) if has_system else '') ~ '<|im_end|>\\n' }}
 {%- endif -%}
-{%- if message.role not in ('system', 'user', 'assistant') -%}
-{{ raise_exception('Unexpected message role: ' ~ message.role) }}
-{%- endif -%}
+{%- for message in messages -%}
 {%- set text = text_of(message.content) -%}
-{%- if message.role == 'assistant' and '</think>' in text -%}
+{%- if message.role == 'system' -%}
+{%- if not loop.first -%}{{ raise_exception('System message must be at the beginning.') }}{%- endif -%}
+{%- if not tools -%}{{ '<|im_start|>system\\n' ~ text ~ '<|im_end|>\\n' }}{%- endif -%}
+{%- elif message.role == 'user' -%}
+{{ '<|im_start|>user\\n' ~ text ~ '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' -%}
+{%- set thought = (message.reasoning_content or '').strip('\\n') -%}
+{%- if '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
 {%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
 {%- endif -%}
-{{ '<|im_start|>' ~ message.role ~ '\\n' ~ text ~ '<|im_end|>\\n' }}
+{{ '<|im_start|>assistant\\n' }}
+{%- if loop.index0 > newest.query -%}{{ '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}{%- endif -%}
+{{ text }}
+{%- for call in message.tool_calls or [] -%}
+{{ ('\\n' if text or not loop.first else '') ~ text_of_call(call) }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' -%}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{ '<|im_start|>user' }}{%- endif -%}
+{{ '\\n<tool_response>\\n' ~ text ~ '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{ '<|im_end|>\\n' }}{%- endif -%}
+{%- else -%}
+{{ raise_exception('Unexpected message role: ' ~ message.role) }}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n<think>\\n' }}
@@ -70,14 +105,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(THINK_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(MARKUP_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     pieces = (piece for text in texts for piece in _ADDED.split(text) if piece)
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
     return tokenizer
 
 
@@ -131,10 +166,16 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _to_json(value: object) -> str:
+    """Give JSON as Hugging Face templates know it; jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _compile_template() -> jinja2.Template:
     """Compile the chat template in a sandbox, as servers do."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _to_json
     return environment.from_string(CHAT_TEMPLATE)
 
 

@@ -1,6 +1,9 @@
 """Trains a target and its MTP head together on completions; knows batches and tensors, never text.
 
-loss = CE(target, t_{p+1}) + 0.3 · CE(draft row p, t_{p+2})        over the tokens of completions
+loss = CE(target, t_{p+1}) + Σ_k w_k · CE(draft pass k, row p, t_{p+1+k})        over the tokens of completions
+
+Pass 1 of the draft reads the target's hidden states, each later one those of the pass before: as when serving drafts
+several tokens ahead.
 """
 
 import math
@@ -18,7 +21,7 @@ from models.qwen3_5_mtp.model import Qwen35MTP
 from models.training.demo_batches import Batch
 from models.training.muon import Muon
 
-MTP_WEIGHT = 0.3
+DRAFT_WEIGHTS = (0.3, 0.15, 0.1)  # of the passes
 INITIAL_SCALE = 0.02
 
 
@@ -70,23 +73,27 @@ def train(
                 break
             _set_rate(optimizers, settings.rate_scale * rate_factor(progress, settings))
             losses = compute_losses(target, draft, batch)
-            (losses[0] + MTP_WEIGHT * losses[1]).backward()
+            (losses[0] + sum(w * loss for w, loss in zip(DRAFT_WEIGHTS, losses[1:], strict=True))).backward()
             nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             bar.n = 100.0 * progress
-            bar.set_postfix_str(f"step {step} loss {losses[0].item():.3f} mtp {losses[1].item():.3f}")
+            drafts = " ".join(f"{loss.item():.3f}" for loss in losses[1:])
+            bar.set_postfix_str(f"step {step} loss {losses[0].item():.3f} mtp {drafts}")
             if time.monotonic() - evaluated > settings.evaluation_seconds:
                 bar.write(f"{100 * progress:.0f} % step {step}: {evaluate()}")
                 evaluated = time.monotonic()
 
 
-def compute_losses(target: Qwen35, draft: Qwen35MTP, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Give the mean cross entropies of target and draft over the completion tokens, two scalars."""
+def compute_losses(target: Qwen35, draft: Qwen35MTP, batch: Batch) -> list[Tensor]:
+    """Give the mean cross entropies over the completion tokens, scalars: the target's, then one per draft pass."""
     hidden = target.forward_sequence(batch.token_ids[:, :-1])
-    drafted = draft.forward_sequence(batch.token_ids[:, 1:-1], hidden[:, :-1])
-    return _cross_entropy(target, hidden, batch, 1), _cross_entropy(target, drafted, batch, 2)
+    losses = [_cross_entropy(target, hidden, batch, 1)]
+    for shift in range(2, 2 + len(DRAFT_WEIGHTS)):
+        hidden = draft.forward_sequence(batch.token_ids[:, shift - 1 : -1], hidden[:, :-1])
+        losses.append(_cross_entropy(target, hidden, batch, shift))
+    return losses
 
 
 def initialize(module: nn.Module) -> None:

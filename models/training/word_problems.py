@@ -37,6 +37,11 @@ class Problem:
     answer: str
     result: int
 
+    @property
+    def num_steps(self) -> int:
+        """Calculations in the answer."""
+        return self.answer.count("<<")
+
 
 def draw_problem(rng: random.Random, held_out: bool = False, stories: tuple[Story, ...] = STORIES) -> Problem:
     """Draw one problem of a random template from the training split, or from the held-out one."""

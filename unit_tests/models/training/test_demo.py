@@ -13,8 +13,14 @@ from models.config import parse_config
 from models.registry import build
 from models.stop_ids import read_stop_ids
 from models.training.conversations import draw_text
-from models.training.demo import Demo, describe_config, load_demo, save_checkpoint
-from models.training.demo_evaluation import draw_held_out, evaluate
+from models.training.demo import Demo, describe_config, load_demo, save_checkpoint, write_problems
+from models.training.demo_evaluation import (
+    ask_in_chat,
+    ask_plainly,
+    draw_held_out,
+    draw_tool_questions,
+    evaluate,
+)
 from models.training.demo_tokenizer import CHAT_TEMPLATE, train_tokenizer
 from models.training.demo_trainer import initialize
 
@@ -67,9 +73,25 @@ def test_the_bundled_checkpoint_is_small_and_complete():
 
 def test_the_bundled_checkpoint_solves_problems_and_drafts_well():
     demo = load_demo(BUNDLED)
-    score = evaluate(demo.target, demo.draft, demo.tokenizer, draw_held_out(11, 40))
-    assert score.solved >= 0.6
-    assert score.acceptance >= 0.7
+    problems = draw_held_out(11, 20, min_steps=2)
+    asked = {
+        "chat": ([ask_in_chat(p) for p in problems], 0.9),
+        "thinking": ([ask_in_chat(p, thinks=True) for p in problems], 0.8),
+        "plain": ([ask_plainly(p) for p in problems], 0.9),
+        "tools": (draw_tool_questions(12, 20), 0.2),  # the very names of new definitions
+    }
+    for kind, (questions, least) in asked.items():
+        score = evaluate(demo.target, demo.draft, demo.tokenizer, questions)
+        assert score.solved >= least, kind
+        assert score.acceptance >= 0.9, kind
+
+
+def test_written_problems_are_gsm8k_lines_of_two_and_three_steps(tmp_path):
+    write_problems(tmp_path / "test.jsonl", 20, 3)
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    assert all(row.keys() == {"question", "answer"} for row in rows)
+    assert {row["answer"].count("<<") for row in rows} == {2, 3}
 
 
 @pytest.mark.slow

@@ -3,7 +3,18 @@
 import torch
 import torch.nn.functional as F
 
-from models.training.demo_evaluation import Score, decode_greedily, draft_tokens, walk_drafts
+from models.training.demo_evaluation import (
+    Score,
+    ask_in_chat,
+    ask_plainly,
+    decode_greedily,
+    draft_tokens,
+    draw_held_out,
+    draw_tool_questions,
+    walk_drafts,
+)
+from models.training.demo_tokenizer import END_OF_TEXT, END_OF_TURN
+from models.training.word_problems import is_held_out
 
 STOP = 9
 
@@ -34,7 +45,7 @@ def test_greedy_answers_do_not_depend_on_the_guess():
 
 def test_answers_that_never_stop_are_cut():
     (answer,) = decode_greedily(Counter(), [[0]], [[]], {77})
-    assert len(answer) == 120
+    assert len(answer) == 200
 
 
 def test_draft_rows_are_two_tokens_ahead():
@@ -54,3 +65,26 @@ def test_a_score_gives_shares():
     score = Score(num_problems=4, num_solved=3, num_drafts=10, num_accepted=9)
     assert (score.solved, score.acceptance) == (0.75, 0.9)
     assert "3 of 4" in str(score)
+
+
+def test_held_out_problems_have_as_many_steps_as_asked_for():
+    problems = draw_held_out(5, 50, min_steps=2)
+    assert {problem.num_steps for problem in problems} == {2, 3}
+    assert all(is_held_out(problem.question) for problem in problems)
+
+
+def test_an_answer_is_right_when_its_result_is():
+    (problem,) = draw_held_out(6, 1)
+    for question in (ask_in_chat(problem), ask_in_chat(problem, thinks=True), ask_plainly(problem)):
+        right = question.text.completion.removesuffix(END_OF_TURN).removesuffix(END_OF_TEXT)
+        assert question.is_right(right)
+        assert not question.is_right(right + "1")
+    assert "</think>" in ask_in_chat(problem, thinks=True).text.completion
+
+
+def test_a_tool_call_is_right_when_it_is_the_very_one():
+    for question in draw_tool_questions(7, 20):
+        call = question.text.completion.removesuffix(END_OF_TURN)
+        assert question.is_right(call)
+        assert not question.is_right(call + "\n")
+        assert not question.is_right(call.replace("<parameter=", "<parameter=x"))

@@ -39,10 +39,12 @@ def test_every_digit_is_a_token(tokenizer):
 
 def test_added_tokens_are_last_single_and_only_the_turn_tokens_are_special(tokenizer):
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    assert tokenizer.encode("".join(tokens)).ids == list(range(VOCAB_SIZE - 5, VOCAB_SIZE))
-    assert tokenizer.decode(list(range(VOCAB_SIZE - 5, VOCAB_SIZE))) == "<think></think>"
-    assert find_stop_ids(tokenizer) == (VOCAB_SIZE - 3, VOCAB_SIZE - 5)
+    markup = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *markup]
+    added = list(range(VOCAB_SIZE - len(tokens), VOCAB_SIZE))
+    assert tokenizer.encode("".join(tokens)).ids == added
+    assert tokenizer.decode(added) == "".join(markup)
+    assert find_stop_ids(tokenizer) == (added[2], added[0])
 
 
 def test_the_saved_files_name_the_end_of_a_turn_as_the_end(tokenizer, tmp_path):
@@ -56,9 +58,15 @@ def test_transformers_reads_the_saved_tokenizer_and_template(tokenizer, tmp_path
     transformers = pytest.importorskip("transformers")
     save_tokenizer(tokenizer, tmp_path, 4096)
     loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    messages = [{"role": "system", "content": "Be kind."}, user("Tom has 3 apples.")]
-    rendered = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == render_chat(messages)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, "<é>"]}}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        user("Tom has 3 apples."),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
+    rendered = loaded.apply_chat_template(messages, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    assert rendered == render_chat(messages, tools=[TOOL])
     assert loaded(rendered)["input_ids"] == tokenizer.encode(rendered).ids
 
 
@@ -70,11 +78,42 @@ def test_the_prompt_of_an_answer_closes_the_thinking_unless_it_is_asked_for():
     assert render_chat([user("a")], add_generation_prompt=False) == "<|im_start|>user\na<|im_end|>\n"
 
 
-def test_text_parts_are_joined_and_old_thoughts_dropped():
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+def test_text_parts_are_joined_and_thoughts_dropped_once_the_user_has_gone_on(key):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    answer = {"role": "assistant", "content": "<think>\nx\n</think>\n\nyes"}
-    expected = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
-    assert render_chat([user(parts), answer], add_generation_prompt=False) == expected
+    text = {"content": "<think>\nx\n</think>\n\nyes"} if key == "content" else {"content": "yes", key: "x"}
+    messages = [user(parts), {"role": "assistant", **text}]
+    question, answer = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n", "yes<|im_end|>\n"
+    assert render_chat(messages, add_generation_prompt=False) == question + "<think>\nx\n</think>\n\n" + answer
+    later = render_chat([*messages, user("c")], add_generation_prompt=False)
+    assert later == question + answer + "<|im_start|>user\nc<|im_end|>\n"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_stand_before_the_system_prompt_in_one_turn():
+    text = render_chat([{"role": "system", "content": "Be kind."}, user("a")], tools=[TOOL])
+    assert text.startswith(f"<|im_start|>system\n# Tools\n\n<tools>\n{json.dumps(TOOL)}\n</tools>\n\n")
+    assert "\n</function>\n</tool_call>\n\nBe kind.<|im_end|>\n<|im_start|>user\na<|im_end|>\n" in text
+    assert text.count("<|im_start|>system") == 1
+
+
+def test_calls_and_the_answers_of_tools_are_marked_up():
+    calls = [{"function": {"name": "add", "arguments": {"a": 1, "b": "x<y"}}}, {"name": "now", "arguments": {}}]
+    messages = [
+        user("q"),
+        {"role": "assistant", "content": "Well.", "tool_calls": calls},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "noon"},
+    ]
+    text = render_chat(messages, add_generation_prompt=False, tools=[TOOL])
+    expected = (
+        "Well.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx<y\n</parameter>\n"
+        "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call><|im_end|>\n<|im_start|>user\n"
+        "<tool_response>\n2\n</tool_response>\n<tool_response>\nnoon\n</tool_response><|im_end|>\n"
+    )
+    assert text.endswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from models.config import parse_config
 from models.registry import build
 from models.training.demo_batches import Batch, collate
-from models.training.demo_trainer import TrainingSettings, compute_losses, initialize, rate_factor, train
+from models.training.demo_trainer import DRAFT_WEIGHTS, TrainingSettings, compute_losses, initialize, rate_factor, train
 from unit_tests.checkpoints import make_config
 
 
@@ -22,16 +22,16 @@ def models():
     return target, draft
 
 
-def test_target_rows_predict_the_next_token_and_draft_rows_the_one_after(models):
+def test_target_rows_predict_the_next_token_and_each_draft_pass_one_further(models):
     target, draft = models
     batch = Batch(torch.randint(0, 40, (2, 9)), torch.arange(9).ge(5).expand(2, 9))
     hidden = target.forward_sequence(batch.token_ids)
-    drafted = draft.forward_sequence(batch.token_ids[:, 1:], hidden[:, :-1])
-    expected = [
-        cross_entropy(target.compute_logits(hidden)[:, 4:8].flatten(0, 1), batch.token_ids[:, 5:].flatten()),
-        cross_entropy(target.compute_logits(drafted)[:, 3:7].flatten(0, 1), batch.token_ids[:, 5:].flatten()),
-    ]
-    torch.testing.assert_close(compute_losses(target, draft, batch), tuple(expected))
+    losses = compute_losses(target, draft, batch)
+    assert len(losses) == 1 + len(DRAFT_WEIGHTS)
+    for shift, loss in enumerate(losses, 1):
+        logits = target.compute_logits(hidden)[:, 5 - shift : 9 - shift]
+        torch.testing.assert_close(loss, cross_entropy(logits.flatten(0, 1), batch.token_ids[:, 5:].flatten()))
+        hidden = draft.forward_sequence(batch.token_ids[:, shift:], hidden[:, : 9 - shift])
 
 
 def test_every_parameter_is_initialised_and_gets_a_gradient(models):
