@@ -70,6 +70,12 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
 
 
+def compute_ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """[N]: one more than the number of tokens that have a larger logit in their row of logits [N, V] than token_ids
+    [N]."""
+    return 1 + (logits > logits.gather(1, token_ids[:, None])).sum(-1)
+
+
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-softmax of logits [N, V]: of token_ids [N], and the num_top best ids and values [N, num_top]."""
     logprobs = logits.log_softmax(-1)

@@ -33,11 +33,15 @@ def load_weights(directory: str | Path, target: Qwen35, draft: Qwen35MTP | None,
 
     Raises CheckpointError. Peak memory is that of the models and one block of rows.
     """
-    files = list_weight_files(Path(directory))
-    tensors = [item for file in files for item in read_tensor_index(file).items()]
-    if draft is not None and not any(normalise_name(name) == "mtp.fc.weight" for name, _ in tensors):
-        raise CheckpointError(f"{directory} has no mtp.fc.weight: it carries no draft head, serve it with --mtp-step 0")
-    update_weights(_with_progress(tensors, show_progress), target, draft)
+    update_weights(_with_progress(_list_tensors(directory, draft), show_progress), target, draft)
+
+
+def check_weights(directory: str | Path, target: Qwen35, draft: Qwen35MTP | None) -> int:
+    """Raise CheckpointError for what `load_weights` would refuse, from the files' headers alone; returns how many
+    tensors there are. The models are on the meta device."""
+    tensors = _list_tensors(directory, draft)
+    update_weights(((name, _without_memory(tensor)) for name, tensor in tensors), target, draft)
+    return len(tensors)
 
 
 @torch.no_grad()
@@ -166,6 +170,19 @@ def normalise_name(name: str) -> str:
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
     return name.removeprefix("language_model.")
+
+
+def _list_tensors(directory: str | Path, draft: Qwen35MTP | None) -> list[tuple[str, FileTensor]]:
+    files = list_weight_files(Path(directory))
+    tensors = [item for file in files for item in read_tensor_index(file).items()]
+    if draft is not None and not any(normalise_name(name) == "mtp.fc.weight" for name, _ in tensors):
+        raise CheckpointError(f"{directory} has no mtp.fc.weight: it carries no draft head, serve it with --mtp-step 0")
+    return tensors
+
+
+def _without_memory(tensor: FileTensor) -> Tensor | FileTensor:
+    dtype = FLOAT_TYPES.get(tensor.dtype)
+    return tensor if dtype is None else torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
 def _is_per_expert(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 The router (policy, no torch) decides who runs; the backend (device) runs it; they meet only here. The host plans step
 t + 1 while the device runs step t, and hears of step t when it has handed step t + 1 over: lengths, accepted tokens and
-drafts stay on the device in between.
+drafts stay on the device in between. Where tokens are masked, which takes the host (`OutputMatcher`), step t + 1 waits
+for step t.
 """
 
 import logging
@@ -12,8 +13,13 @@ from concurrent.futures import Future
 import torch
 
 from server.backend.batch import build_forward_batch, last_indices, update_table
+from server.backend.grammar_compiler import GrammarCompiler
+from server.backend.grammar_queue import GrammarQueue
 from server.backend.lane import Lane, NoTrace, Readback, Trace
-from server.backend.pass_result import PassResult, Stopwatch
+from server.backend.memory_plan import memory_parts
+from server.backend.pass_masks import DraftMasks, mask_rows
+from server.backend.pass_result import PassLogprobs, PassResult, Stopwatch
+from server.backend.prompt_scores import score_prompts
 from server.backend.request_table import has_penalty
 from server.backend.runner import build_runner
 from server.backend.sampler import Sampled
@@ -49,12 +55,22 @@ class Engine:
         self.scheduler = Scheduler(
             self.runner.plan.limits, planner, self.runner.turn_ids, mover.is_intact, watchdog=watchdog
         )
+        plan, table = self.runner.plan, self.runner.table
         self.ready = Ready(
-            max_model_len=self.runner.plan.max_model_len,
-            vocab_size=self.runner.table.vocab_size,
+            max_model_len=plan.max_model_len,
+            vocab_size=table.vocab_size,
             eos_token_ids=self.runner.eos_ids,
             mtp_step=config.mtp_step,
+            dtype=str(table.cache.kv.data.dtype).removeprefix("torch."),
+            device=str(table.device),
+            max_running_requests=plan.limits.max_running_requests,
+            page_size=plan.limits.page_size,
+            num_pages=plan.limits.num_pages,
+            num_checkpoints=plan.limits.num_checkpoints,
+            memory_bytes=memory_parts(plan),
         )
+        compiler = GrammarCompiler(config.model, table.vocab_size, self.runner.eos_ids)
+        self.grammars = GrammarQueue(compiler, self.runner.eos_ids, table.vocab_size)
         self._num_steps = 0
         self._in_flight: tuple[Step, Future[list[PassResult]]] | None = None
         if config.watchdog:
@@ -76,26 +92,34 @@ class Engine:
         message.sampling.check(self.ready.vocab_size)
         seconds = self.config.request_timeout if message.timeout is None else message.timeout
         deadline = float("inf") if seconds is None else self.scheduler.clock() + seconds
-        self.scheduler.add(Request.create(message, self.ready.eos_token_ids, limit, deadline))
+        request = Request.create(message, self.ready.eos_token_ids, limit, deadline)
+        if message.sampling.is_masked:
+            self.grammars.add(request)
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its row and pages are free at the next step. Unknown ids are ignored."""
+        self.grammars.remove(request_id)
         self.scheduler.abort(request_id)
 
     def has_work(self) -> bool:
         """Some request waits or runs, or a step is under way."""
-        return self._in_flight is not None or self.scheduler.has_work()
+        return self._in_flight is not None or self.scheduler.has_work() or len(self.grammars) > 0
 
     def step(self) -> list[TokenOutput | Failed]:
         """Hand the device one step (a prefill pass and a decode pass, whichever have work) and return what the step
         before it emitted; without overlap, what this one did."""
+        outputs = self._take_ready()
+        if self.scheduler.waits_for_results():
+            outputs += self.drain()
         with self.trace.span("schedule", "host"):
             step = self.scheduler.schedule()
         ended, self._in_flight = self._in_flight, None
         if step is not None:
             self._num_steps += 1
             self._in_flight = step, self.lane.submit(self._run, step)
-        outputs = self.scheduler.take_notices()
+        outputs += self.scheduler.take_notices()
         if ended is not None:
             outputs += self._collect(*ended)
         return outputs if self.runner.overlaps else outputs + self.drain()
@@ -105,11 +129,34 @@ class Engine:
         ended, self._in_flight = self._in_flight, None
         return [] if ended is None else self._collect(*ended)
 
+    def _take_ready(self) -> list[TokenOutput | Failed]:
+        """Hand the scheduler the requests whose grammars are compiled; the others' failures."""
+        if not len(self.grammars):
+            return []
+        if self._in_flight is None and not self.scheduler.has_work():
+            self.grammars.wait()
+        ready, failed = self.grammars.take(self.scheduler.clock())
+        for request in ready:
+            self.scheduler.add(request)
+        return [*failed]
+
     def _collect(self, step: Step, future: "Future[list[PassResult]]") -> list[TokenOutput | Failed]:
         with self.trace.span("wait", "host"):
             outcomes = [result.read() for result in future.result()]
         with self.trace.span("collect", "host"):
-            return self.scheduler.collect(step, outcomes)
+            outputs = self.scheduler.collect(step, outcomes)
+            return self._end_failed(step, outputs) if any(batch.has_matchers for batch in step.batches) else outputs
+
+    def _end_failed(self, step: Step, outputs: list[TokenOutput | Failed]) -> list[TokenOutput | Failed]:
+        """The same, but those whose grammar cannot be followed any further have failed."""
+        requests = [work.request for batch in step.batches for work in batch.works]
+        failures = {request.id: request.matcher.failure for request in requests if request.matcher is not None}
+        failures = {request_id: failure for request_id, failure in failures.items() if failure is not None}
+        kept = [output for output in outputs if output.request_id not in failures]
+        for request_id, failure in failures.items():
+            self.scheduler.abort(request_id)
+            kept.append(Failed(request_id, InvalidRequest.__name__, failure.message, failure.param))
+        return kept
 
     @torch.inference_mode()
     def _run(self, step: Step) -> list[PassResult]:
@@ -123,28 +170,34 @@ class Engine:
     def _run_pass(self, batch: Batch) -> PassResult:
         runner, watch = self.runner, Stopwatch(self.runner.table.device)
         update_table(batch, runner.table)
-        if batch.is_verify and runner.decode is not None:
+        if batch.is_verify and runner.decode is not None and not batch.has_matchers:
             with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in batch.works)):
                 return self._result(runner.decode.run(batch), batch, watch)
         forward = build_forward_batch(batch, runner.table)
+        window = Readback(forward.token_ids) if batch.has_matchers else None  # arrives while the target runs
         with self.trace.span("verify" if batch.is_verify else "prefill", "device", rows=len(forward.token_ids)):
             hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
             rows = hidden if batch.is_verify else hidden[last_indices(forward)]
             logits = runner.target.compute_logits(rows)  # [N or B, V]
-            sampled = runner.sampler.sample(logits, forward, batch)
+            masks = None if window is None else mask_rows(batch, window.read()[0], logits)
+            sampled = runner.sampler.sample(logits, forward, batch, masks)
+            scores = score_prompts(runner.target, runner.table, hidden, batch)
         self._count_outputs(batch, sampled)
         newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
         drafts = newest[:, :0]
         if runner.drafter is not None and not batch.is_idle:
             with self.trace.span("draft", "device"):
-                drafts = runner.drafter.propose(hidden, sampled, forward, batch)
+                guide = DraftMasks(batch, sampled) if batch.has_matchers else None
+                drafts = runner.drafter.propose(hidden, sampled, forward, batch, guide)
         runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
-        return self._result(sampled, batch, watch)
+        return self._result(sampled, batch, watch, scores)
 
-    def _result(self, sampled: Sampled, batch: Batch, watch: Stopwatch) -> PassResult:
+    def _result(
+        self, sampled: Sampled, batch: Batch, watch: Stopwatch, scores: PassLogprobs | None = None
+    ) -> PassResult:
         """What the host will read of a pass, on its way."""
         readback = Readback(sampled.token_ids, sampled.accept_lens, sampled.match_lens, sampled.is_finite)
-        return PassResult(readback, self.runner.sampler.logprobs(sampled, batch), watch.stop())
+        return PassResult(readback, self.runner.sampler.logprobs(sampled, batch), watch.stop(), scores)
 
     def _count_outputs(self, batch: Batch, sampled: Sampled) -> None:
         """Penalties of the drafts and of later steps need to know what this one emitted."""
@@ -191,7 +244,7 @@ class Engine:
         cache = scheduler.cache
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self.grammars),
             num_pages=scheduler.pages.count,
             num_free_pages=scheduler.pages.num_free + cache.num_evictable,
             num_steps=self._num_steps,

@@ -20,6 +20,7 @@ import tqdm
 from server.channel import SyncEnd
 from server.config import EngineConfig
 from server.errors import InvalidRequest, TandemError
+from server.logs import set_up_log
 from server.messages import EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
 
 ENGINE = "server.engine:Engine"
@@ -52,7 +53,9 @@ class Engine(Protocol):
         """Gauges and counters."""
 
 
-def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: str = ENGINE) -> None:
+def run(
+    config: EngineConfig, endpoint: str, log_level: str = "info", engine: str = ENGINE, log_format: str = "text"
+) -> None:
     """Serve `engine` ("module:class") at `endpoint` until SIGTERM or until the parent process has gone.
 
     Exits with code 1 on any failure.
@@ -60,7 +63,7 @@ def run(config: EngineConfig, endpoint: str, log_level: str = "info", engine: st
     _take_signals(_exit)
     # The lock that tqdm would make is a semaphore of the system, which outlives a killed process.
     tqdm.tqdm.set_lock(threading.RLock())
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    set_up_log(log_level, log_format)
     channel = SyncEnd(endpoint)
     try:
         loaded = _load(engine, config)
@@ -109,7 +112,7 @@ def _hand_over(engine: Engine, request: Request) -> Failed | None:
     try:
         engine.add(request)
     except InvalidRequest as error:
-        return Failed(request.request_id, type(error).__name__, error.message)
+        return Failed(request.request_id, type(error).__name__, error.message, error.param)
     return None
 
 

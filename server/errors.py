@@ -26,6 +26,13 @@ class InvalidRequest(TandemError):
     type = "BadRequestError"
 
 
+class Unauthorized(TandemError):
+    """The request brings none of the keys of `--api-key`."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
 class NotFound(TandemError):
     """The model or route does not exist."""
 
@@ -41,7 +48,8 @@ class QueueFull(TandemError):
 
 
 class RequestTimeout(TandemError):
-    """The request's time (`timeout`, or `--request-timeout`) was over before its first token."""
+    """The request's time (`timeout`, or `--request-timeout`) was over before its first token, or it took the client
+    longer than `--client-timeout` to send it."""
 
     status = 408
     type = "TimeoutError"

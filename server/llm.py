@@ -29,9 +29,10 @@ __all__ = ["LLM", "Generate", "Output", "SamplingParams"]
 class Output:
     """One prompt's result. A stop token is the last of `token_ids`; `text` is without it and cut at stop strings.
 
-    `logprobs` has one entry per token when asked for. `num_steps`, `num_proposed` and `num_accepted` count verify
-    steps, proposed and accepted drafts; `num_cached` prompt tokens were reused. A `finish_reason` of "abort" means that
-    the timeout was over.
+    `logprobs` has one entry per token when asked for, `prompt_logprobs` one per prompt token from the second on; a
+    stream brings them with its first part. `num_steps`, `num_proposed` and `num_accepted` count verify steps, proposed
+    and accepted drafts; `num_cached` prompt tokens were reused. A `finish_reason` of "abort" means that the timeout was
+    over.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Output:
     num_proposed: int = 0
     num_accepted: int = 0
     num_cached: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def accept_length(self) -> float:
@@ -144,7 +146,7 @@ class LLM:
             if job is None:
                 continue
             if isinstance(message, Failed):
-                job.error = getattr(errors, message.error)(message.message)
+                job.error = getattr(errors, message.error)(message.message, message.param)
             else:
                 job.take(message)
             if job.has_ended or job.error is not None:
@@ -198,6 +200,7 @@ class _Job:
             num_proposed=num_proposed,
             num_accepted=num_accepted,
             num_cached=message.num_cached,
+            prompt_logprobs=message.prompt_logprobs,
         )
         self.deltas.append(delta)
         self._add(delta)
@@ -218,6 +221,7 @@ class _Job:
         output.token_ids += delta.token_ids
         output.text += delta.text
         output.logprobs += delta.logprobs
+        output.prompt_logprobs += delta.prompt_logprobs
         output.finish_reason = delta.finish_reason
         output.num_steps, output.num_proposed = delta.num_steps, delta.num_proposed
         output.num_accepted, output.num_cached = delta.num_accepted, delta.num_cached

@@ -16,6 +16,9 @@ GREEDY_TEMPERATURE = 1e-5
 
 # Entries of stop_token_ids and logit_bias that the device keeps of a request.
 MAX_STOP_TOKEN_IDS, MAX_BIASES = 256, 1024
+# Grammars larger than this take a compiler seconds; the other two bound what is looked at for every token.
+MAX_CONSTRAINT_CHARS, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 256 * 1024, 1024, 64
+CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
@@ -27,22 +30,53 @@ _RANGES: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-100, 100),
     "repetition_penalty": (0.01, 100),
     "min_tokens": (0, 2**31),
-    "max_tokens": (1, 2**63 - 1),
+    "max_tokens": (0, 2**63 - 1),
     "logprobs": (0, 2**31),
+    "prompt_logprobs": (0, 2**31),
     "max_draft": (0, 2**31),
+    "thinking_budget": (0, 2**31),
 }
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an output must match, to its end.
+
+    `text` is for kind json_schema the schema (JSON), json_object nothing, regex the pattern, choice a JSON list of
+    strings, grammar EBNF, structural_tag the tag (JSON). Tokens up to and including the first `after_token_id` are free
+    (the end of thinking) but for those that would end the request; None constrains from the first token on. `field` is
+    the request's field that asks for it, for errors.
+    """
+
+    kind: str
+    text: str = ""
+    after_token_id: int | None = None
+    field: str = "constraint"
+
+    def check(self) -> None:
+        """Raise InvalidRequest for an unknown kind or a text that is too long to compile."""
+        if self.kind not in CONSTRAINT_KINDS:
+            kinds = ", ".join(CONSTRAINT_KINDS)
+            raise InvalidRequest(f"{self.field} is of kind {self.kind!r}, it must be one of {kinds}", self.field)
+        if len(self.text) > MAX_CONSTRAINT_CHARS:
+            raise InvalidRequest(
+                f"{self.field} has {len(self.text)} characters, the limit is {MAX_CONSTRAINT_CHARS}", self.field
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request draws its tokens; the same settings give the same law with and without speculation.
 
-    Order of the transforms on float32 logits: min_tokens mask, logit_bias, repetition then frequency and presence
-    penalty, temperature, min_p, top_k, top_p. A `temperature` below 1e-5 is greedy. `top_k` 0 is off. `logprobs` None
-    is off, 0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before every
-    transform. `max_draft` bounds the drafts per step, 0 is plain decoding, None leaves it to the server; it changes
-    speed only. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and with any
-    mtp_step.
+    Order of the transforms on float32 logits: `constraint`, `allowed_token_ids` (empty: all) and `bad_words` (sequences
+    of tokens whose last one may not follow the others) mask, min_tokens mask, logit_bias, repetition then frequency and
+    presence penalty, temperature, min_p, top_k, top_p. A `temperature` below 1e-5 is greedy. `top_k` 0 is off.
+    `logprobs` None is off, 0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before
+    every transform. `prompt_logprobs` asks the same of the prompt's tokens, from the second on; with `max_tokens` 0 the
+    request ends there, without a token. After `thinking_budget` tokens without `think_end_id` the next one is
+    `think_end_id`. `max_draft` bounds the drafts per step, 0 is plain decoding, None leaves it to the server; it
+    changes speed only. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and
+    with any mtp_step.
     """
 
     temperature: float = 1.0
@@ -62,12 +96,23 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     max_draft: int | None = None
+    constraint: Constraint | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    thinking_budget: int | None = None
+    think_end_id: int | None = None
 
     @property
     def is_greedy(self) -> bool:
         """The best token is taken; nothing is drawn."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def is_masked(self) -> bool:
+        """Which tokens may come next depends on more than the logits, and only the host knows."""
+        return bool(self.constraint or self.allowed_token_ids or self.bad_words or self.thinking_budget is not None)
 
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequest, naming field, value and range, for what no law of sampling is defined for."""
@@ -85,6 +130,28 @@ class SamplingParams:
             raise InvalidRequest("logit_bias has a value that is not finite", "logit_bias")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InvalidRequest("stop must be a tuple of strings that are not empty", "stop")
+        self._check_masks(vocab_size)
+
+    def _check_masks(self, vocab_size: int) -> None:
+        if self.thinking_budget is not None and self.think_end_id is None:
+            raise InvalidRequest("thinking_budget is given without think_end_id", "thinking_budget")
+        named = {
+            "allowed_token_ids": self.allowed_token_ids,
+            "bad_words": [token_id for word in self.bad_words for token_id in word],
+            "think_end_id": [] if self.think_end_id is None else [self.think_end_id],
+        }
+        for name, token_ids in named.items():
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+                raise InvalidRequest(f"{name} has a token outside of 0..{vocab_size - 1}", name)
+        longest = max(map(len, self.bad_words), default=1)
+        if len(self.bad_words) > MAX_BAD_WORDS or not all(self.bad_words) or longest > MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words has {len(self.bad_words)} sequences of up to {longest} tokens, the limits are "
+                f"{MAX_BAD_WORDS} and 1..{MAX_BAD_WORD_TOKENS}",
+                "bad_words",
+            )
+        if self.constraint is not None:
+            self.constraint.check()
 
 
 @dataclass(frozen=True)
@@ -112,11 +179,13 @@ class Abort:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position: the sampled token's, and the best alternatives, best first."""
+    """Log-probabilities at one position: its token's, and the best alternatives, best first. `rank` is one more than
+    the number of tokens that were likelier."""
 
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +194,10 @@ class TokenOutput:
 
     `logprobs` has one entry per token, or is empty when not asked for. `finish_reason` is None until the last message
     of the request; a stop token ends `token_ids` and is named by `stop_token_id` (None for eos). The counts are running
-    totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused.
+    totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused,
+    and `queue_seconds` passed before the request got its first row.
+    Of one step's tokens all that are accepted drafts come first. `prompt_logprobs`, if asked for, come with the first
+    output, one entry per prompt token from the second on.
     """
 
     request_id: str
@@ -137,6 +209,8 @@ class TokenOutput:
     num_proposed: int = 0
     num_accepted: int = 0
     num_cached: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    queue_seconds: float = field(default=0.0, compare=False)
 
 
 def count_kept_drafts(before: int, after: int, num_kept: int) -> int:
@@ -147,11 +221,13 @@ def count_kept_drafts(before: int, after: int, num_kept: int) -> int:
 
 @dataclass(frozen=True)
 class Failed:
-    """engine -> api: a request was refused, or has failed. `error` is the class name in `errors.py`."""
+    """engine -> api: a request was refused, or has failed. `error` is the class name in `errors.py`, `param` the field
+    at fault."""
 
     request_id: str
     error: str
     message: str
+    param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,12 +273,22 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Ready:
-    """engine -> api: the model is loaded and the first request can be served. Ids in `eos_token_ids` end a request."""
+    """engine -> api: the model is loaded and the first request can be served. Ids in `eos_token_ids` end a request.
+
+    What runs where (`dtype`, `device`), how much at a time, and `memory_bytes` by what takes it, are for people.
+    """
 
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     mtp_step: int
+    dtype: str = ""
+    device: str = ""
+    max_running_requests: int = 0
+    page_size: int = 0
+    num_pages: int = 0
+    num_checkpoints: int = 0
+    memory_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from server.cache_ops import CacheOp
-from server.messages import FINISH_LENGTH, FINISH_STOP, Generate, SamplingParams, TokenLogprobs
+from server.messages import FINISH_LENGTH, FINISH_STOP, Generate, SamplingParams, TokenLogprobs, TokenOutput
 
 
 @dataclass(eq=False)
@@ -20,7 +20,9 @@ class Request:
     `max_output` is the most tokens it may emit. `num_drafts` drafts wait on the device for its next verify.
     `num_cached` prompt tokens were reused when it was first admitted. In the last `num_refused` verify steps no draft
     was right. `is_plain`: it gets no drafts; `is_isolated`: it shares nothing with others. Prefill chunks end at
-    `cuts`. `deadline` is in seconds of the scheduler's clock.
+    `cuts`. `deadline` and `added_at` are in seconds of the scheduler's clock. `scores` are the log-probabilities of
+    prompt tokens, from the second on, that its first output is to bring. `matcher` knows which tokens may come next,
+    where that depends on more than the logits.
     """
 
     id: str
@@ -53,6 +55,10 @@ class Request:
     num_steps: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
+    added_at: float = 0.0
+    queue_seconds: float = 0.0
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    matcher: Any = None
 
     @staticmethod
     def create(
@@ -61,11 +67,13 @@ class Request:
         """A waiting request; an unseeded one gets a fresh seed."""
         sampling = message.sampling
         room = max_model_len - len(message.prompt_token_ids)
+        # Where a constraint lets an output end it must, or what follows would break it.
+        ends_at_eos = not sampling.ignore_eos or sampling.constraint is not None
         return Request(
             id=message.request_id,
             prompt_ids=message.prompt_token_ids,
             sampling=sampling,
-            stop_ids=frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else eos_ids),
+            stop_ids=frozenset(sampling.stop_token_ids) | frozenset(eos_ids if ends_at_eos else ()),
             max_output=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             priority=message.priority,
@@ -85,6 +93,8 @@ class Request:
 
     def emit(self, token_ids: list[int]) -> tuple[list[int], str | None]:
         """Append tokens up to the first one that ends the request: (tokens emitted, finish reason or None)."""
+        if self.max_output == 0:
+            return [], FINISH_LENGTH
         for count, token_id in enumerate(token_ids, start=1):
             self.output_ids.append(token_id)
             if token_id in self.stop_ids:
@@ -92,6 +102,37 @@ class Request:
             if len(self.output_ids) >= self.max_output:
                 return token_ids[:count], FINISH_LENGTH
         return token_ids, None
+
+    @property
+    def wants_scores(self) -> bool:
+        """The log-probabilities of its prompt are wanted and nobody has been told them: no token may be skipped."""
+        return self.sampling.prompt_logprobs is not None and not self.output_ids
+
+    def count_scored(self, start: int, end: int) -> int:
+        """Of the tokens at start..end-1, how many are followed by a prompt token whose log-probability is wanted."""
+        return max(0, min(end, len(self.prompt_ids) - 1) - start) if self.wants_scores else 0
+
+    def keep_scores(self, start: int, scores: list[TokenLogprobs]) -> None:
+        """Those that a chunk from position `start` on gave; what was computed before a preemption is overwritten."""
+        self.scores[start : start + len(scores)] = scores
+
+    def make_output(self, emitted: list[int], logprobs: list[TokenLogprobs], finish_reason: str | None) -> TokenOutput:
+        """What the request has to say now: the tokens that it has just emitted, and all its counts."""
+        ended_by_request = finish_reason == FINISH_STOP and emitted[-1] in self.sampling.stop_token_ids
+        scores, self.scores = self.scores, []
+        return TokenOutput(
+            request_id=self.id,
+            token_ids=emitted,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_token_id=emitted[-1] if ended_by_request else None,
+            num_steps=self.num_steps,
+            num_proposed=self.num_proposed,
+            num_accepted=self.num_accepted,
+            num_cached=self.num_cached or 0,
+            prompt_logprobs=scores,
+            queue_seconds=self.queue_seconds,
+        )
 
     @property
     def longest_len(self) -> int:
@@ -109,11 +150,11 @@ class Request:
         self.num_prompt_counted += num_new
         return num_new
 
-    def enter_row(self, row: int, num_computed: int) -> None:
+    def enter_row(self, row: int, num_computed: int, now: float) -> None:
         """On a row, with that many tokens computed by others."""
         self.row, self.num_computed = row, num_computed
         if self.num_cached is None:
-            self.num_cached = num_computed
+            self.num_cached, self.queue_seconds = num_computed, now - self.added_at
 
     def leave_row(self) -> None:
         """Back to waiting: the tokens stay, the cache is gone."""
@@ -130,6 +171,7 @@ class Work:
     runs `token_ids` from position `start` on; `following_ids` are known tokens after these. A verify runs the newest
     token and num_tokens - 1 drafts, all from the device. `num_drafts` are wanted for the request's next step.
     The draft head must catch up on `num_behind` positions before the pass; of an idle work it sees nothing yet.
+    Behind the first `num_scored` tokens of a prefill the log-probability of the next prompt token is wanted.
     `pages` are new in the row's page table, from index `first_page` on. A request that enters its row brings the
     `output_ids` it has, else None.
     """
@@ -145,6 +187,7 @@ class Work:
     num_drafts: int = 0
     num_behind: int = 0
     is_idle: bool = False
+    num_scored: int = 0
     first_page: int = 0
     pages: tuple[int, ...] = ()
     output_ids: tuple[int, ...] | None = None
@@ -184,6 +227,11 @@ class Batch:
         """The draft head has missed positions and runs over them in this pass."""
         return not self.is_idle and any(work.num_behind and not work.is_idle for work in self.works)
 
+    @cached_property
+    def has_matchers(self) -> bool:
+        """What some request of this pass may emit depends on more than the logits."""
+        return any(work.request.matcher is not None for work in self.works)
+
     @property
     def ends_any_prompt(self) -> bool:
         """Some request of this pass gets a token."""
@@ -203,7 +251,8 @@ class Step:
 class Outcome:
     """What a pass gave: the target's tokens per request, of which the first accept_lens count (0 inside a prompt);
     match_lens: as many would, if the request did not end there. The log-probabilities that were asked for, which
-    requests' logits were all finite, and the seconds it took."""
+    requests' logits were all finite, the seconds it took, and the log-probabilities of prompt tokens (of no request,
+    where none of them asked)."""
 
     token_ids: list[list[int]]
     accept_lens: list[int]
@@ -211,3 +260,4 @@ class Outcome:
     logprobs: list[list[TokenLogprobs]]
     is_finite: list[bool]
     seconds: float
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)

@@ -3,7 +3,7 @@
 The same as Engine._run_pass and Drafter do for any batch, for requests with equally many rows and drafts: nothing in it
 asks the host or waits for it, every shape follows from (B, T, D), so a CUDA graph can hold all of it. A request with
 fewer drafts than T - 1 has rows of junk behind them, which its width keeps from being accepted and the next step
-overwrites.
+overwrites. It has no masks: a batch with a masked output (`OutputMatcher`) runs outside of it, kernel by kernel.
 
 B requests, T rows each, D drafts to propose, R rows of the table (row 0: padding, counts for nothing), V vocabulary.
 """

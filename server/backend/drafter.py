@@ -21,6 +21,7 @@ from models.cache import HISTORY_LEN
 from models.forward_batch import ForwardBatch, to_device
 from models.qwen3_5_mtp.model import Qwen35MTP
 from server.backend.batch import following_ids, last_indices
+from server.backend.pass_masks import DraftMasks
 from server.backend.sampler import Sampled, Sampler
 from server.messages import SamplingParams
 from server.request import Batch, Work
@@ -48,9 +49,12 @@ class Drafter:
         self.draft, self.sampler = draft, sampler
         self.num_drafts, self.num_layers = num_drafts, min(num_layers, num_drafts)
 
-    def propose(self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch) -> Tensor:
+    def propose(
+        self, hidden: Tensor, sampled: Sampled, forward: ForwardBatch, batch: Batch, masks: DraftMasks | None = None
+    ) -> Tensor:
         """Drafts [B, D] that follow each request's newest token, D the most that one of them wants; what stands behind
-        the wanted ones means nothing. hidden [N, H] is the target's for the whole pass.
+        the wanted ones means nothing. hidden [N, H] is the target's for the whole pass; `masks` say which drafts may
+        come.
 
         First every chained layer runs over the pass's rows and those missed before, row p pairing the token after
         position p with the hidden state at p (this extends its cache and overwrites what earlier guesses left there),
@@ -58,12 +62,12 @@ class Drafter:
         """
         works = batch.works
         drafts = sampled.token_ids.new_zeros(len(works), max(work.num_drafts for work in works))
-        self._chain(self._extension(hidden, sampled, forward, batch), drafts)
+        self._chain(self._extension(hidden, sampled, forward, batch), drafts, masks)
         return drafts
 
-    def _chain(self, rows: _Extension, drafts: Tensor) -> None:
+    def _chain(self, rows: _Extension, drafts: Tensor, masks: DraftMasks | None) -> None:
         """Run the layers, then single tokens, and write what they guess to drafts [B, D]."""
-        is_simple = all(_is_simple(work.sampling) for work in rows.works if work.num_drafts)
+        is_simple = masks is None and all(_is_simple(work.sampling) for work in rows.works if work.num_drafts)
         if is_simple and self.num_layers == 1 and self.draft.can_propose(rows.forward):
             drafts[rows.order] = self._propose_at_once(rows, drafts.shape[1])
             return
@@ -84,7 +88,11 @@ class Drafter:
             if alive == 0:
                 return
             logits = self.draft.target.compute_logits(newest_state)
+            if masks is not None:
+                logits = masks.apply(logits, works)
             newest = self.sampler.draw(logits, works, positions[:alive] + 2 + step)
+            if masks is not None:
+                masks.push(newest, works)
             if step < drafts.shape[1]:
                 drafts[rows.order[:alive], step] = newest
             if has_next_layer:

@@ -251,11 +251,11 @@ def free_memory(device: str) -> int:
     raise ConfigError("/proc/meminfo has no MemAvailable: cannot tell how much memory is free")
 
 
-def describe_memory(plan: MemoryPlan) -> str:
-    """The plan as a table in MiB, and what one request costs."""
+def memory_parts(plan: MemoryPlan) -> dict[str, int]:
+    """Bytes by what takes them; what is left of the budget is `free`."""
     sizes, limits = plan.sizes, plan.limits
     num_rows, num_pages = limits.max_running_requests + 1, limits.num_pages + 1
-    rows = {
+    parts = {
         "weights": sizes.weights,
         "draft weights": sizes.draft_weights,
         "KV, main layers": sizes.main_page * num_pages,
@@ -267,12 +267,18 @@ def describe_memory(plan: MemoryPlan) -> str:
         "workspace": sizes.workspace,
     }
     if sizes.decode:
-        rows["decode step"] = sizes.decode * num_rows
+        parts["decode step"] = sizes.decode * num_rows
     if plan.free_bytes is not None:
-        rows["free"] = plan.free_bytes
+        parts["free"] = plan.free_bytes
     if limits.host_cache_bytes:
-        rows["host cache, at most"] = limits.host_cache_bytes
-    lines = [f"  {name:<20} {size / MIB:>10.1f} MiB" for name, size in rows.items()]
+        parts["host cache, at most"] = limits.host_cache_bytes
+    return parts
+
+
+def describe_memory(plan: MemoryPlan) -> str:
+    """The plan as a table in MiB, and what one request costs."""
+    sizes, limits = plan.sizes, plan.limits
+    lines = [f"  {name:<20} {size / MIB:>10.1f} MiB" for name, size in memory_parts(plan).items()]
     lines.append(
         f"  {limits.max_running_requests} requests, {limits.num_pages * limits.page_size} KV tokens, "
         f"{limits.num_checkpoints} checkpoints; per request {sizes.state / MIB:.2f} MiB GDN state (the same for every "

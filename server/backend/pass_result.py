@@ -44,8 +44,8 @@ class Stopwatch:
 @dataclass(frozen=True)
 class PassLogprobs:
     """Log-probabilities of rows of a pass: of each request num_tops[i] (None: not asked for) best ones, in rows
-    spans[i] of the three tensors [n], [n, most], [n, most] that `readback` brings: the token's own, the best ids and
-    values."""
+    spans[i] of the four tensors [n], [n, most], [n, most], [n] that `readback` brings: the token's own, the best ids
+    and values, and the token's rank."""
 
     num_tops: Sequence[int | None]
     spans: Sequence[range]
@@ -53,25 +53,35 @@ class PassLogprobs:
 
     def read(self, accept_lens: Sequence[int]) -> list[list[TokenLogprobs]]:
         """Of the first accept_lens[i] tokens of each request."""
-        logprobs, top_ids, top_values = self.readback.read()
+        logprobs, top_ids, top_values, ranks = self.readback.read()
         return [
             []
             if num_top is None
-            else [TokenLogprobs(logprobs[at], top_ids[at][:num_top], top_values[at][:num_top]) for at in span[:count]]
+            else [
+                TokenLogprobs(logprobs[at], top_ids[at][:num_top], top_values[at][:num_top], ranks[at])
+                for at in span[:count]
+            ]
             for num_top, span, count in zip(self.num_tops, self.spans, accept_lens, strict=True)
         ]
+
+    def read_all(self) -> list[list[TokenLogprobs]]:
+        """Of all rows of each request."""
+        return self.read([len(span) for span in self.spans])
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Tokens [B, T], accept_lens, match_lens and is_finite [B] in `readback`: see Sampled."""
+    """Tokens [B, T], accept_lens, match_lens and is_finite [B] in `readback`: see Sampled. `prompt_logprobs` are of
+    the prompt tokens that follow the pass's own."""
 
     readback: Readback
     logprobs: PassLogprobs | None
     watch: Stopwatch
+    prompt_logprobs: PassLogprobs | None = None
 
     def read(self) -> Outcome:
         """Waits for the device."""
         token_ids, accept_lens, match_lens, is_finite = self.readback.read()
         logprobs = self.logprobs.read(accept_lens) if self.logprobs else [[] for _ in accept_lens]
-        return Outcome(token_ids, accept_lens, match_lens, logprobs, is_finite, self.watch.seconds)
+        of_prompts = self.prompt_logprobs.read_all() if self.prompt_logprobs else []
+        return Outcome(token_ids, accept_lens, match_lens, logprobs, is_finite, self.watch.seconds, of_prompts)

@@ -95,7 +95,9 @@ class RequestTable:
         # Slices: a number for one element alone would make the host wait for a GPU.
         self.seq_len[row : row + 1], self.accept_len[row : row + 1] = work.start, 0
         prompt_len = len(request.prompt_ids)
-        counts = [prompt_len, sampling.min_tokens, sampling.top_k, request.seed, prompt_len + request.max_output]
+        # A matcher bans early ends itself, because it may have to let one through.
+        min_tokens = 0 if request.matcher is not None else sampling.min_tokens
+        counts = [prompt_len, min_tokens, sampling.top_k, request.seed, prompt_len + request.max_output]
         self._counts[row] = to_device(counts, self.device)
         scales = [0.0 if sampling.is_greedy else sampling.temperature, sampling.top_p, sampling.min_p]
         scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]

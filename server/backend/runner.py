@@ -80,11 +80,7 @@ def build_runner(config: EngineConfig) -> Runner:
     if device == "cpu":
         load_library()  # a first build takes seconds, which no request should wait for
     try:
-        model_config = load_config(config.model)
-        dtype = _choose_dtype(config.dtype, model_config)
-        num_mtp_layers = _count_chained_layers(config, model_config)
-        capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        backends = choose_backends(config, model_config, device, dtype, capability)
+        model_config, dtype, num_mtp_layers, backends = read_needs(config, device)
         planner = _prepare_flashinfer(config, model_config, dtype, device, backends)
         sizes = measure_sizes(config, model_config, num_mtp_layers, dtype, backends)
         plan = plan_memory(config, model_config, sizes, free_memory(device))
@@ -122,6 +118,15 @@ def build_runner(config: EngineConfig) -> Runner:
         *(target, draft, table, sampler, mover, drafter, decode, plan, eos_ids, turn_ids, overlaps),
         STATE_TOLERANCES[dtype],
     )
+
+
+def read_needs(config: EngineConfig, device: str) -> tuple[ModelConfig, torch.dtype, int, Backends]:
+    """What the checkpoint is, in which dtype it is served, how many MTP layers draft, and whose kernels run it."""
+    model_config = load_config(config.model)
+    dtype = _choose_dtype(config.dtype, model_config)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    backends = choose_backends(config, model_config, device, dtype, capability)
+    return model_config, dtype, _count_chained_layers(config, model_config), backends
 
 
 def _prepare_flashinfer(

@@ -11,13 +11,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kernels.sampling import apply_penalties, compute_logprobs, draw
+from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw
 from kernels.speculative import accept
 from models.forward_batch import ForwardBatch, to_device
 from server.backend.batch import last_indices
 from server.backend.lane import Readback
 from server.backend.pass_result import PassLogprobs
 from server.backend.request_table import RequestTable, has_penalty, has_rules
+from server.backend.token_masks import TokenMasks
 from server.messages import SamplingParams
 from server.request import Batch, Work
 
@@ -47,18 +48,20 @@ class Sampler:
     def __init__(self, table: RequestTable, eos_ids: tuple[int, ...]):
         self.table, self.eos_ids = table, eos_ids
 
-    def sample(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
-        """The tokens of one target pass; logits [N, V] of all verify rows, or [B, V] of each chunk's last token."""
+    def sample(self, logits: Tensor, forward: ForwardBatch, batch: Batch, masks: TokenMasks | None = None) -> Sampled:
+        """The tokens of one target pass; logits [N, V] of all verify rows, or [B, V] of each chunk's last token.
+        `masks` apply before all other rules."""
+        masked = logits if masks is None else masks.apply(logits)
         if batch.is_verify:
-            return self._sample_windows(logits, forward, batch)
-        token_ids = self.draw(logits, batch.works, forward.positions[last_indices(forward)] + 1)
+            return self._sample_windows(logits, masked, forward, batch)
+        token_ids = self.draw(masked, batch.works, forward.positions[last_indices(forward)] + 1)
         ends = to_device([int(work.ends_prompt) for work in batch.works], logits.device)
         return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits), [1] * len(ends))
 
-    def _sample_windows(self, logits: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
+    def _sample_windows(self, logits: Tensor, masked: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         view, widths, window = forward.view, forward.query_lens, forward.token_ids
         assert view is not None
-        next_ids = self.draw(logits, batch.works, forward.positions + 1, widths, window)
+        next_ids = self.draw(masked, batch.works, forward.positions + 1, widths, window)
         is_finite = _is_finite(logits)
         if max(widths) == 1:
             ones = torch.ones_like(next_ids)
@@ -121,7 +124,9 @@ class Sampler:
             asked += [] if num_top is None else list(span)
         rows = to_device(asked, sampled.logits.device)
         logits = sampled.logits[rows].to(torch.promote_types(sampled.logits.dtype, torch.float32))
-        return PassLogprobs(num_tops, spans, Readback(*compute_logprobs(logits, sampled.next_ids[rows], most)))
+        token_ids = sampled.next_ids[rows]
+        columns = (*compute_logprobs(logits, token_ids, most), compute_ranks(logits, token_ids))
+        return PassLogprobs(num_tops, spans, Readback(*columns))
 
     def _apply_rules(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 from server.cache_ops import CacheOp, ClearPage
 from server.config import MAX_MTP_STEP, Limits
 from server.errors import ModelFailure, RequestTimeout
-from server.messages import FINISH_ABORT, Failed, TokenLogprobs, TokenOutput
+from server.messages import FINISH_ABORT, Failed, TokenOutput
 from server.request import Batch, Outcome, Request, Step, Work
 from server.router.pages import Pool
 from server.router.planner import Planner, SpeculationState
@@ -83,7 +83,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Its longest form fits the cache: the engine checks max_model_len against it at start."""
         self._num_arrived += 1
-        request.arrival = self._num_arrived
+        request.arrival, request.added_at = self._num_arrived, self.clock()
         request.speculation = SpeculationState()
         self._by_id[request.id] = request
         if request.deadline < math.inf:
@@ -98,6 +98,10 @@ class Scheduler:
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._notices or self._before)
+
+    def waits_for_results(self) -> bool:
+        """Which tokens may come next is known only when those in flight are: nothing can be planned before."""
+        return any(request.matcher is not None and request.widths_in_flight for request in self.running)
 
     def flush_cache(self) -> None:
         """The weights are others now: nothing that was computed may be reused."""
@@ -132,6 +136,8 @@ class Scheduler:
     def _book_pass(self, batch: Batch, outcome: Outcome) -> list[TokenOutput | Failed]:
         outputs = []
         for index, (work, accept_len) in enumerate(zip(batch.works, outcome.accept_lens, strict=True)):
+            if outcome.prompt_logprobs:
+                work.request.keep_scores(work.start, outcome.prompt_logprobs[index])
             if accept_len == 0:
                 continue
             work.request.widths_in_flight.pop(0)
@@ -172,7 +178,7 @@ class Scheduler:
         self.counters.num_output_tokens += len(emitted)
         if finish_reason is not None:
             self._end(request, keeps_state=is_current and len(emitted) == accept_len)
-        return _to_output(request, emitted, outcome.logprobs[index][: len(emitted)], finish_reason)
+        return request.make_output(emitted, outcome.logprobs[index][: len(emitted)], finish_reason)
 
     def _count_drafts(self, work: Work, num_emitted: int, match_len: int, has_ended: bool) -> None:
         request, num_drafts, counters = work.request, work.num_tokens - 1, self.counters
@@ -279,6 +285,7 @@ class Scheduler:
             following_ids=tuple(request.known_ids(end, end + MAX_MTP_STEP)),
             ends_prompt=ends_prompt,
             num_drafts=depth,
+            num_scored=request.count_scored(start, end),
         )
         request.num_computed, request.is_decoding, request.num_drafts = end, ends_prompt, depth
         if ends_prompt:
@@ -338,13 +345,18 @@ class Scheduler:
         while position < min(len(self.waiting), _MAX_PASSED_OVER) and self.rows.num_free:
             request = self.waiting[position]
             known = request.known_ids(0, request.num_known)
-            match = self.cache.match([] if request.is_isolated else known, request.cache_salt)
+            match = self._match(request, known)
             if request.widths_in_flight or self._is_being_computed(request, known, match.position):
                 position += 1
             elif self._enter(request, known, match):
                 self.running.append(self.waiting.pop(position))
             else:
                 return
+
+    def _match(self, request: Request, known: list[int]) -> Match:
+        if request.wants_scores:
+            return Match(request.cache_salt, reason="prompt_logprobs")
+        return self.cache.match([] if request.is_isolated else known, request.cache_salt)
 
     def _enter(self, request: Request, known: list[int], match: Match) -> bool:
         """Give the request a row, what it can reuse, and pages for the rest; False if there are not enough."""
@@ -368,14 +380,14 @@ class Scheduler:
             self.cache.count(match, reused is not None)
         holding.own_pages += self.pages.take(needed)
         self.holdings[request.id] = holding
-        request.enter_row(row, match.position if reused else 0)
+        request.enter_row(row, match.position if reused else 0, self.clock())
         request.cuts = choose_cuts(self.limits, self._turn_ids, known, request.num_computed, match.shared_len)
         return True
 
     def _is_being_computed(self, request: Request, known: list[int], num_reused: int) -> bool:
         """Somebody in prefill has more of the same beginning: it can be reused in a moment."""
         end = num_reused + MIN_CHECKPOINT_GAP
-        if end >= len(known) or not self.limits.num_checkpoints or request.is_isolated:
+        if end >= len(known) or not self.limits.num_checkpoints or request.is_isolated or request.wants_scores:
             return False
         return any(
             not other.is_decoding
@@ -400,7 +412,7 @@ class Scheduler:
             self.counters.num_timeouts += 1
             self._end(request, keeps_state=True)
             if request.output_ids:
-                self._notices.append(_to_output(request, [], [], FINISH_ABORT))
+                self._notices.append(request.make_output([], [], FINISH_ABORT))
             else:
                 message = "the request's time was over before its first token; raise timeout (or --request-timeout)"
                 self._notices.append(Failed(request.id, RequestTimeout.__name__, message))
@@ -431,20 +443,3 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.priority, request.arrival
-
-
-def _to_output(
-    request: Request, emitted: list[int], logprobs: list[TokenLogprobs], finish_reason: str | None
-) -> TokenOutput:
-    ended_by_request = finish_reason == "stop" and emitted[-1] in request.sampling.stop_token_ids
-    return TokenOutput(
-        request_id=request.id,
-        token_ids=emitted,
-        logprobs=logprobs,
-        finish_reason=finish_reason,
-        stop_token_id=emitted[-1] if ended_by_request else None,
-        num_steps=request.num_steps,
-        num_proposed=request.num_proposed,
-        num_accepted=request.num_accepted,
-        num_cached=request.num_cached or 0,
-    )

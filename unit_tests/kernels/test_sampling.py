@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from kernels import sampling
-from kernels.sampling import apply_penalties, compute_logprobs, draw, gumbel_noise, row_keys_torch
+from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw, gumbel_noise, row_keys_torch
 
 NUM_DRAWS = 40_000
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -2.0, -6.0], dtype=torch.float64)
@@ -218,6 +218,11 @@ def test_logprobs_are_those_of_the_whole_softmax():
         best = sorted(range(12), key=lambda token: -logprobs[token])[:3]
         assert top_ids[row].tolist() == best
         assert top_values[row].tolist() == pytest.approx([logprobs[token] for token in best])
+
+
+def test_a_rank_counts_the_likelier_tokens_and_tokens_that_tie_share_it():
+    logits = torch.tensor([[0.5, 2.0, 2.0, -1.0]]).repeat(4, 1)
+    assert compute_ranks(logits, torch.arange(4)).tolist() == [3, 1, 1, 4]
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])

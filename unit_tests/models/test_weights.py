@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from models.config import load_config
 from models.errors import CheckpointError
 from models.registry import build
-from models.weights import export_tensors, fill_randomly, load_weights, normalise_name, save_weights, update_weights
+from models.weights import (
+    check_weights,
+    export_tensors,
+    fill_randomly,
+    load_weights,
+    normalise_name,
+    save_weights,
+    update_weights,
+)
 from unit_tests.checkpoints import make_checkpoint, make_config, make_tensors, write_json
 
 MAIN_FILE = "model.safetensors"
@@ -31,9 +39,12 @@ def parameters(models) -> list[torch.Tensor]:
 
 
 def refusal(directory: Path, mtp: bool = True) -> str:
+    """What loading says; looking at the headers alone must say the same."""
     with pytest.raises(CheckpointError) as caught:
         load(directory, mtp)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError) as checked:
+        check_weights(directory, *build(load_config(directory), mtp, device="meta"))
+    assert "\n" not in str(caught.value) and str(checked.value) == str(caught.value)
     return str(caught.value)
 
 
@@ -79,6 +90,13 @@ def test_every_float_type_loads_into_every_other(stored, tmp_path):
     decay = target.layers[0].mixer.A_log
     assert decay.dtype == torch.float32
     assert torch.equal(decay, raw["model.layers.0.linear_attn.A_log"].float())
+
+
+@pytest.mark.parametrize("options", [{}, {"moe": True, "expert_layout": "mixed"}, {"shards": 3, "prefix": "vl"}])
+def test_headers_alone_tell_that_a_checkpoint_can_be_loaded(options, tmp_path):
+    directory = make_checkpoint(tmp_path, num_layers=4, **options)
+    num_tensors = check_weights(directory, *build(load_config(directory), True, device="meta"))
+    assert num_tensors == sum(len(load_file(file)) for file in directory.glob("*.safetensors"))
 
 
 def test_loading_again_updates_in_place(tmp_path):

@@ -83,6 +83,10 @@ class FakeEngine:
                 del self._running[output.request_id]
         return outputs
 
+    def count_next_tokens(self, is_first: bool) -> int:
+        """How many tokens a step gives a request, unless it ends before: one at first, then with all drafts."""
+        return 1 if is_first else self.ready.mtp_step + 1
+
     def stats(self) -> EngineStats:
         """One page per running request, of sixteen."""
         return EngineStats(
@@ -121,8 +125,10 @@ class FakeEngine:
             limit = 10**9
         if prompt[0] == LONG_ID:
             limit = 1500
+        if limit == 0:
+            return self._output(running, [], FINISH_LENGTH, None)
         token_ids, finish_reason, stop_id = [], None, None
-        for _ in range(1 if running.num_output == 0 else self.ready.mtp_step + 1):
+        for _ in range(self.count_next_tokens(running.num_output == 0)):
             token_ids.append(prompt[running.num_output % len(prompt)])
             running.num_output += 1
             if token_ids[-1] in sampling.stop_token_ids:
@@ -140,18 +146,19 @@ class FakeEngine:
     def _output(
         self, running: _Running, token_ids: list[int], finish_reason: str | None, stop_id: int | None
     ) -> TokenOutput:
-        num_logprobs = running.request.sampling.logprobs
-        logprobs = [] if num_logprobs is None else [_logprobs(token_id, num_logprobs) for token_id in token_ids]
+        prompt, sampling = running.request.prompt_token_ids, running.request.sampling
+        scored = prompt[1:] if running.num_output == len(token_ids) else []
         return TokenOutput(
             running.request.request_id,
             token_ids,
-            logprobs,
+            _logprobs(token_ids, sampling.logprobs),
             finish_reason,
             stop_id,
             running.num_steps,
             running.num_steps * self.ready.mtp_step,
             running.num_accepted,
             running.num_cached,
+            _logprobs(scored, sampling.prompt_logprobs),
         )
 
     def _count_verify(self, running: _Running, num_accepted: int) -> None:
@@ -162,6 +169,10 @@ class FakeEngine:
         self._num_accepted += num_accepted
 
 
-def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+def _logprobs(token_ids: list[int], num_top: int | None) -> list[TokenLogprobs]:
+    return [] if num_top is None else [_token_logprobs(token_id, num_top) for token_id in token_ids]
+
+
+def _token_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     ids = [token_id, *(i for i in range(200, 230) if i != token_id)][:num_top]
-    return TokenLogprobs(-0.5, ids, [-0.5, *([float("-inf")] * 30)][:num_top])
+    return TokenLogprobs(-0.5, ids, [-0.5, *[float("-inf")] * 30][: len(ids)])

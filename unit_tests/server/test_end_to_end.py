@@ -137,7 +137,7 @@ def test_clients_that_leave_free_their_pages_and_the_next_one_is_served(
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             next(response.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json=body | {"stream": False}, timeout=0.2)
+        httpx.post(f"{server.url}/v1/completions", json=body | {"stream": False}, timeout=0.05)
     wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 10)
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     assert server.client.completions.create(model="", prompt="y", max_tokens=2).choices[0].text is not None

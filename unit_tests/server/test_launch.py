@@ -35,12 +35,12 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 class Server:
     """A running server and a client for it."""
 
-    def __init__(self, checkpoint: Path, flags: Sequence[str], program: str = START):
+    def __init__(self, checkpoint: Path, flags: Sequence[str], program: str = START, **environment: str):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         # What a killed server leaves behind goes away with the test's own directory.
-        environment = {**os.environ, "TMPDIR": str(checkpoint.parent)}
+        environment = {**os.environ, "TMPDIR": str(checkpoint.parent), **environment}
         arguments = ["--model", str(checkpoint), "--port", str(self.port), "--log-level", "warning", *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -81,8 +81,8 @@ def start(checkpoint: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers with flags and waits until they are healthy; ends them after the test."""
     servers: list[Server] = []
 
-    def start_one(*flags: str) -> Server:
-        servers.append(Server(checkpoint, flags))
+    def start_one(*flags: str, **environment: str) -> Server:
+        servers.append(Server(checkpoint, flags, **environment))
         wait_for(servers[-1].is_healthy, "readiness")
         return servers[-1]
 
@@ -109,6 +109,7 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(start: Callable[.
         server.process.send_signal(signal.SIGTERM)
         with httpx.Client(base_url=server.http.base_url) as other:
             wait_for(lambda: other.get("/health").status_code == 503, "draining")
+            assert other.get("/ready").status_code == 503
             refused = other.post("/v1/completions", json={"prompt": [5]})
             assert refused.status_code == 503
             assert "shutting down" in refused.json()["error"]["message"]
@@ -176,6 +177,43 @@ def test_a_client_that_goes_frees_its_request(start: Callable[..., Server], stre
         connection.sendall(head + body)
         wait_for(lambda: server.num_running() == 1, "the request's start")
     wait_for(lambda: server.num_running() == 0, "the abort")
+
+
+def test_the_log_of_both_processes_is_json_where_asked_for(start: Callable[..., Server]) -> None:
+    server = start("--log-format", "json", "--log-level", "info", "--log-interval", "0.05")
+    with server.stream([LONG_ID, 5], request_id="r") as response:
+        response.read()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(DEADLINE_SECONDS) == 0
+    assert server.process.stderr is not None
+    entries = [json.loads(line) for line in server.process.stderr.read().splitlines()]
+    by_message = {entry["message"].partition(" ")[0]: entry for entry in entries}
+    assert by_message["Tandem"]["context"] > 0
+    assert f"http://127.0.0.1:{server.port}" in by_message["ready:"]["message"]
+    assert by_message["finished"]["output_tokens"] == 1500
+    assert by_message["throughput"]["running"] in (0, 1)
+
+
+def test_a_settings_file_and_the_environment_say_how_to_serve(start: Callable[..., Server], tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("mtp-step: 2\nserved-model-name: [first, second]\nmax-queue: 7\n")
+    server = start("--config", str(settings), "--max-queue", "8", TANDEM_API_KEY="sesame")
+    assert server.http.get("/v1/models").status_code == 401
+    key = {"authorization": "Bearer sesame"}
+    names = [card["id"] for card in server.http.get("/v1/models", headers=key).json()["data"]]
+    assert names == ["first", "second"]
+    info = server.http.get("/server_info", headers=key).json()
+    assert (info["mtp_step"], info["settings"]["max_queue"]) == (2, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--mtp-step", "1", "--max-model-len", "99999999"], 1)])
+def test_a_check_serves_nothing_and_its_exit_code_says_whether_it_would(flags: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "server", "--check", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
+    assert done.returncode == code
+    assert ("KV tokens" in done.stdout) == (code == 0)
+    assert ("tandem: error: --max-model-len is 99999999" in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize(

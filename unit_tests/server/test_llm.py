@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def test_streamed_deltas_add_up_to_the_whole(llm: LLM) -> None:
     assert "".join(delta.text for delta in deltas) == whole.text
     assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
     assert [delta.finish_reason for delta in deltas][-2:] == [None, "length"]
+
+
+def test_prompts_are_scored_with_and_without_an_output(llm: LLM) -> None:
+    prompt = llm.tokenizer.encode("How many apples?")
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=2)
+    whole, bare = llm.generate([prompt, prompt], [params, dataclasses.replace(params, max_tokens=0)])
+    assert (bare.token_ids, bare.text, bare.finish_reason, bare.accept_length) == ([], "", "length", 1.0)
+    assert len(whole.token_ids) == 9 and len(whole.prompt_logprobs) == len(prompt) - 1
+    assert whole.prompt_logprobs == bare.prompt_logprobs
+    deltas = list(llm.stream(prompt, params))
+    assert deltas[0].prompt_logprobs == whole.prompt_logprobs
+    assert not any(delta.prompt_logprobs for delta in deltas[1:])
 
 
 def test_a_stop_string_cuts_text_and_tokens_and_frees_the_request(llm: LLM) -> None:
@@ -98,7 +111,7 @@ def test_streams_may_be_read_in_turns_and_generate_called_meanwhile(llm: LLM) ->
         {"temperature": float("nan")},
         {"top_p": 0},
         {"top_p": 1e-50},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"logprobs": -1},
         {"seed": 2**63},
         {"repetition_penalty": 1e-46},

@@ -5,6 +5,7 @@ preemption, reused prefixes, overlap and depths that change in every step. About
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from kernels.gpu.dispatch import triton_takes
 from server.backend.decode_step import DecodeStep
 from server.engine import Engine
-from server.messages import SamplingParams
+from server.messages import Constraint, SamplingParams
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.kernels.gpu import fake_flashinfer
 from unit_tests.server.engines import generate, make_engine, make_prompts
@@ -81,6 +82,21 @@ def test_reused_prefixes_overlap_and_changing_depths_change_nothing(checkpoint: 
         assert serve(engine, conversations) == first
         assert serve(engine, following) == second
     assert engine.scheduler.cache.counters.num_hits >= 3
+
+
+def test_masked_outputs_leave_the_decode_step_and_come_back(
+    checkpoint: Path, plain: Callable[[Any], list[list[int]]]
+) -> None:
+    """A decode step has no masks, so it serves batches without masked outputs only."""
+    masked = replace(SEEDED, constraint=Constraint("regex", "[a-z]{2}"), min_tokens=5)
+    params = [GREEDY, masked, replace(SEEDED, bad_words=((5,),)), GREEDY, masked, SEEDED]
+    with triton_takes("cpu"):
+        engine = make_triton_engine(checkpoint, mtp_step=2, max_running_requests=3)
+        calls, decode = [], engine.runner.decode
+        run = decode.run
+        decode.run = lambda batch: calls.append(batch.has_matchers) or run(batch)
+        assert generate(engine, PROMPTS, params) == plain(params)
+    assert calls and not any(calls)
 
 
 def test_prefill_in_flashinfers_hands_leaves_the_tokens(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from server.messages import Generate, SamplingParams
+from server.messages import Constraint, Generate, SamplingParams, TokenLogprobs
 from server.request import Batch, Request, Work
 
 
@@ -23,6 +23,7 @@ def test_the_output_fits_the_context_and_max_tokens(max_tokens: int | None, expe
 def test_stop_ids_are_the_requests_and_the_checkpoints_unless_ignored() -> None:
     assert make_request(stop_token_ids=(7, 90)).stop_ids == {7, 90, 91}
     assert make_request(stop_token_ids=(7,), ignore_eos=True).stop_ids == {7}
+    assert make_request(ignore_eos=True, constraint=Constraint("regex", "a")).stop_ids == {90, 91}
 
 
 def test_a_seed_is_kept_and_an_unseeded_request_gets_a_fresh_one() -> None:
@@ -53,6 +54,34 @@ def test_tokens_are_emitted_up_to_the_one_that_ends_the_request(
     assert request.output_ids == expected[0]
 
 
+def test_a_request_for_no_tokens_emits_none() -> None:
+    request = make_request(max_tokens=0)
+    assert request.emit([5, 90]) == ([], "length")
+    assert request.output_ids == [] and request.surely_ends
+
+
+def test_scores_are_wanted_of_the_prompt_alone_and_told_once() -> None:
+    request = make_request(prompt_len=6, prompt_logprobs=1)
+    scores = [TokenLogprobs(-float(position), [], []) for position in range(5)]
+    assert [request.count_scored(*span) for span in ((0, 4), (4, 6), (5, 6), (4, 9))] == [4, 1, 0, 1]
+    request.keep_scores(0, scores[:4])
+    request.keep_scores(2, scores[2:5])  # computed again, in other chunks
+    assert request.make_output([7], [], None).prompt_logprobs == scores
+    request.emit([7])
+    assert not request.wants_scores and request.count_scored(0, 6) == 0
+    assert request.make_output([], [], "abort").prompt_logprobs == []
+    assert make_request(prompt_len=6).count_scored(0, 6) == 0
+
+
+def test_the_time_in_the_queue_ends_with_the_first_row() -> None:
+    request = make_request()
+    request.added_at = 5.0
+    request.enter_row(1, num_computed=0, now=7.5)
+    request.leave_row()
+    request.enter_row(1, num_computed=0, now=9.0)
+    assert request.make_output([7], [], None).queue_seconds == 2.5
+
+
 def test_the_length_limit_counts_over_all_steps() -> None:
     request = make_request(max_tokens=5)
     assert [request.emit([1, 2])[1] for _ in range(3)] == [None, None, "length"]
@@ -72,7 +101,7 @@ def test_known_ids_are_slices_of_prompt_and_output() -> None:
 def test_leaving_a_row_keeps_tokens_and_counts_and_forgets_the_device() -> None:
     request = make_request()
     request.emit([7])
-    request.enter_row(3, num_computed=2)
+    request.enter_row(3, num_computed=2, now=0.0)
     request.num_computed, request.num_pages_sent, request.num_behind, request.is_decoding = 4, 2, 5, True
     request.num_steps, request.num_proposed, request.num_accepted = 2, 6, 1
     request.leave_row()
@@ -86,10 +115,10 @@ def test_leaving_a_row_keeps_tokens_and_counts_and_forgets_the_device() -> None:
 def test_every_row_that_a_request_leaves_ends_an_epoch_and_only_the_first_counts_as_cached() -> None:
     request = make_request()
     assert (request.row, request.epoch, request.num_cached) == (None, 0, None)
-    request.enter_row(5, num_computed=0)
+    request.enter_row(5, num_computed=0, now=0.0)
     assert (request.row, request.num_computed, request.epoch, request.num_cached) == (5, 0, 0, 0)
     request.leave_row()
-    request.enter_row(2, num_computed=3)
+    request.enter_row(2, num_computed=3, now=0.0)
     assert (request.row, request.num_computed, request.epoch, request.num_cached) == (2, 3, 1, 0)
 
 
@@ -167,11 +196,11 @@ def test_a_pass_reaches_its_requests_settings_and_knows_whether_anyone_gets_a_to
 
 def test_what_happens_to_a_request_later_does_not_reach_its_planned_work() -> None:
     request = make_request()
-    request.enter_row(3, num_computed=0)
+    request.enter_row(3, num_computed=0, now=0.0)
     work = Work(request=request, row=3, num_tokens=1, epoch=request.epoch, num_behind=request.num_behind)
     request.num_behind = 9
     request.leave_row()
-    request.enter_row(1, num_computed=0)
+    request.enter_row(1, num_computed=0, now=0.0)
     assert (work.row, work.epoch, work.num_behind) == (3, 0, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         work.row = 1  # type: ignore[misc]

@@ -5,9 +5,12 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
+from models.training import demo_tokenizer
 from server.errors import CheckpointError, InvalidRequest
 from server.messages import SamplingParams
 from server.tokenizer import Detokenizer, StopMatcher, Tokenizer
@@ -130,6 +133,75 @@ def test_a_variable_may_not_replace_a_field_of_the_request(tokenizer: Tokenizer,
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], variables={name: []})
 
 
+def test_the_id_of_a_token_is_found_by_its_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([tokenizer.token_id("<think>")]) == "<think>"  # type: ignore[list-item]
+    assert tokenizer.token_id("<tool_call>") is None
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"é": {"type": "string"}}}}}]
+CALLS = [
+    {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"é": "a\nb", "n": [1, None]}}},
+    {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": {}}},
+]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes\n", "reasoning_content": "old"},
+    {"role": "user", "content": "call"},
+    {"role": "assistant", "content": "", "reasoning_content": "hm\n", "tool_calls": CALLS},
+    {"role": "tool", "tool_call_id": "call_1", "content": "1 < 2"},
+    {"role": "tool", "tool_call_id": "call_2", "content": "😀"},
+    {"role": "assistant", "content": " so it is  "},
+]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, transformers.PreTrainedTokenizerFast]:
+    """Two readers of the demo's chat template."""
+    folder = tmp_path_factory.mktemp("template")
+    demo_tokenizer.save_tokenizer(demo_tokenizer.train_tokenizer([TEXT], 400), folder, 1024)
+    return Tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length", range(2, len(CONVERSATION) + 1))
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize(
+    "variables", [{}, {"enable_thinking": True}, {"enable_thinking": False, "documents": [{"a": 1}]}]
+)
+def test_conversations_with_tools_are_rendered_as_transformers_does(
+    both, length: int, tools: Any, variables: Any
+) -> None:
+    tokenizer, reference = both
+    messages = CONVERSATION[:length]
+    for opens_turn in (True, False):
+        expected = reference.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=opens_turn, tokenize=False, **variables
+        )
+        assert tokenizer.apply_chat_template(messages, opens_turn, variables, tools) == expected
+
+
+@pytest.mark.parametrize("content", ["so it is", " so it is  ", "\n", "", "<think>\nhm", "so it is\n\n"])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"])
+def test_a_last_message_goes_on_where_transformers_ends_it(both, content: str, template: str | None) -> None:
+    tokenizer, reference = both
+    messages = [*CONVERSATION[:-1], {"role": "assistant", "content": content}]
+    expected = reference.apply_chat_template(
+        messages, tools=TOOLS, continue_final_message=True, tokenize=False, chat_template=template
+    )
+    assert tokenizer.continue_final_message(messages, {}, TOOLS, template) == expected
+
+
+def test_a_template_that_leaves_the_last_message_out_cannot_go_on_with_it(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="leaves out the last message"):
+        tokenizer.continue_final_message([{"role": "assistant", "content": "x"}], template="nothing")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x | nofilter }}", "{% for %}"])
+def test_a_broken_template_of_a_request_is_an_invalid_request(tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat_template is broken at line 1"):
+        tokenizer.apply_chat_template([], template=template)
+
+
 def test_streamed_text_equals_decoding_all_tokens_for_any_pieces(tokenizer: Tokenizer) -> None:
     rng = random.Random(1)
     for _ in range(100):
@@ -224,3 +296,10 @@ def test_very_long_stop_strings_cost_linear_time() -> None:
     certain = "".join(matcher.push("a" * 10)[0] for _ in range(12_000))
     assert len(certain) == 20_000
     assert time.perf_counter() - started < 5  # a quadratic search takes minutes
+
+
+def test_a_tokenizer_describes_itself_to_those_who_do_the_same(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    description = tokenizer.description
+    assert description["chat_template"] == (checkpoint / "chat_template.jinja").read_text()
+    assert tokenizer.token_id(description["eos_token"]) == tokenizer.eos_token_ids[0]
+    assert str(checkpoint) not in str(description)

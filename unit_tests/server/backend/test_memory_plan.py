@@ -10,7 +10,15 @@ import torch
 
 from models.cache import HISTORY_LEN, Backends
 from models.config import parse_config
-from server.backend.memory_plan import MIB, MemoryPlan, Sizes, describe_memory, measure_sizes, plan_memory
+from server.backend.memory_plan import (
+    MIB,
+    MemoryPlan,
+    Sizes,
+    describe_memory,
+    measure_sizes,
+    memory_parts,
+    plan_memory,
+)
 from server.config import MAX_BEHIND, MAX_MTP_STEP, EngineConfig
 from server.errors import ConfigError
 from unit_tests.checkpoints import make_checkpoint, make_config
@@ -368,3 +376,11 @@ def test_a_decode_step_on_a_gpu_costs_memory_per_row_and_lets_no_draft_head_fall
     limits = plan_memory(EngineConfig(mtp_step=2, max_model_len=512), MODEL, with_step).limits
     assert limits.max_running_requests == 128 and limits.num_pages * 16 >= 128 * 512
     assert "decode step" in describe_memory(plan_memory(config, MODEL, with_step))
+
+
+def test_the_parts_are_the_whole_plan_and_what_is_free() -> None:
+    plan = plan_round(6000, max_model_len=500)
+    parts = memory_parts(plan)
+    assert sum(parts.values()) - parts["free"] == plan.num_bytes
+    assert parts["free"] == plan.free_bytes
+    assert all(name in describe_memory(plan) for name in parts)

@@ -267,6 +267,23 @@ def test_a_step_is_planned_before_the_last_one_is_known_and_results_of_others_ar
     assert not scheduler.has_work()
 
 
+def test_results_are_waited_for_while_a_token_of_a_masked_output_is_in_flight() -> None:
+    scheduler = make_scheduler()
+    masked = make_request("masked", prompt_len=20)
+    masked.matcher = object()
+    for request in (make_request("free", prompt_len=4), masked):
+        scheduler.add(request)
+    assert not scheduler.waits_for_results()
+    steps = [scheduler.schedule()]
+    assert not scheduler.waits_for_results(), "a chunk inside its prompt gives no token"
+    steps.append(scheduler.schedule())
+    assert scheduler.waits_for_results()
+    for step in steps:
+        assert step is not None
+        scheduler.collect(step, [answer(batch, 1) for batch in step.batches])
+    assert not scheduler.waits_for_results()
+
+
 def test_a_preempted_request_is_not_admitted_before_its_step_in_flight_is_known() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 4, max_tokens=20))

@@ -1,0 +1,75 @@
+"""Constraints -> matchers, beside the steps of the engine: one thread, and a memory of what was asked for last."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, Self
+
+from server.backend.guidance import NOTHING_FOLLOWS, Guidance
+from server.backend.token_masks import TokenMasks
+from server.backend.xgrammar_process import XgrammarProcess
+from server.errors import CheckpointError, InvalidRequest
+from server.messages import Constraint
+from server.tokenizer import Tokenizer
+
+# Compiled grammars take up to some hundred times as much memory as their texts.
+_MAX_REMEMBERED, _MAX_REMEMBERED_CHARS = 256, 2**20
+_XGRAMMAR_KINDS = ("grammar", "structural_tag")
+
+
+class Matcher(Protocol):
+    """Where an output stands in its grammar: see GuidanceMatcher."""
+
+    def copy(self) -> Self: ...
+    def fill(self, masks: TokenMasks, row: int) -> None: ...
+    def accept(self, token_id: int) -> bool: ...
+    def rollback(self, count: int) -> None: ...
+    def error(self) -> str: ...
+
+
+class GrammarCompiler:
+    """For the tokenizer in `directory`, which is not read before the first constraint; `stop_ids` end outputs."""
+
+    def __init__(self, directory: str | Path, vocab_size: int, stop_ids: Sequence[int]):
+        self._directory, self._vocab_size, self._stop_ids = directory, vocab_size, stop_ids
+        self._known: OrderedDict[tuple[str, str], Future[Matcher]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tandem-grammars")
+        self._xgrammar = XgrammarProcess(directory, vocab_size, stop_ids)
+        self._guidance: Guidance | None = None
+
+    def compile(self, constraint: Constraint) -> "Future[Matcher]":
+        """A matcher to copy, at the start of an output; InvalidRequest for what cannot be served."""
+        key = constraint.kind, constraint.text
+        if key not in self._known:
+            self._known[key] = self._pool.submit(self._compile, *key)
+            self._forget()
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _forget(self) -> None:
+        """The last ones stay, as many as fit, and always the newest."""
+        total = sum(len(text) for _, text in self._known)
+        while len(self._known) > 1 and (len(self._known) > _MAX_REMEMBERED or total > _MAX_REMEMBERED_CHARS):
+            (_, text), _ = self._known.popitem(last=False)
+            total -= len(text)
+
+    def _compile(self, kind: str, text: str) -> Matcher:
+        if not self._stop_ids:
+            raise InvalidRequest("this checkpoint names no token that ends an output, so none can be constrained")
+        try:
+            matcher = self._start(kind, text)
+        except CheckpointError as error:
+            raise InvalidRequest(f"this checkpoint's tokenizer cannot be read: {error.message}") from error
+        masks, first = TokenMasks(1, self._vocab_size, "cpu"), matcher.copy()
+        first.fill(masks, 0)
+        if first.error() or not masks.array.any():
+            raise InvalidRequest(f"no text can begin with it: {first.error() or NOTHING_FOLLOWS}")
+        return matcher
+
+    def _start(self, kind: str, text: str) -> Matcher:
+        if kind in _XGRAMMAR_KINDS:
+            return self._xgrammar.compile(kind, text)
+        if self._guidance is None:
+            self._guidance = Guidance(Tokenizer(self._directory), self._vocab_size, self._stop_ids)
+        return self._guidance.compile(kind, text)

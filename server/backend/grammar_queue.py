@@ -1,0 +1,61 @@
+"""Where requests wait for their grammar to be compiled, before the scheduler hears of them."""
+
+import concurrent.futures
+from concurrent.futures import Future
+
+from server.backend.grammar_compiler import GrammarCompiler, Matcher
+from server.backend.output_matcher import OutputMatcher
+from server.errors import InvalidRequest
+from server.messages import Failed
+from server.request import Request
+
+# How long an engine that has nothing else to do waits at a time: new requests wait for it, too.
+_WAIT_SECONDS = 0.01
+
+
+class GrammarQueue:
+    """Gives each request the matcher that belongs to it."""
+
+    def __init__(self, compiler: GrammarCompiler, eos_ids: tuple[int, ...], vocab_size: int):
+        self._compiler, self._eos_ids, self._vocab_size = compiler, eos_ids, vocab_size
+        self._waiting: dict[str, tuple[Request, Future[Matcher] | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Take a request whose output is masked."""
+        constraint = request.sampling.constraint
+        self._waiting[request.id] = request, None if constraint is None else self._compiler.compile(constraint)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; others are ignored."""
+        self._waiting.pop(request_id, None)
+
+    def wait(self) -> None:
+        """Return when a request is ready, or soon."""
+        futures = [future for _, future in self._waiting.values() if future is not None]
+        if len(futures) == len(self._waiting):
+            concurrent.futures.wait(futures, _WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+
+    def take(self, now: float) -> tuple[list[Request], list[Failed]]:
+        """The requests that can go on, those whose deadline is over among them, and those that cannot be served."""
+        ready, failed = [], []
+        for request, future in list(self._waiting.values()):
+            if future is not None and not future.done() and request.deadline >= now:
+                continue
+            del self._waiting[request.id]
+            try:
+                grammar = future.result().copy() if future is not None and future.done() else None
+            except InvalidRequest as error:
+                failed.append(self._refusal(request, error))
+                continue
+            request.matcher = OutputMatcher(request.sampling, grammar, self._eos_ids, self._vocab_size)
+            ready.append(request)
+        return ready, failed
+
+    def _refusal(self, request: Request, error: InvalidRequest) -> Failed:
+        constraint = request.sampling.constraint
+        assert constraint is not None
+        message = f"{constraint.field} is no {constraint.kind} that can be served: {error.message}"
+        return Failed(request.id, InvalidRequest.__name__, message, constraint.field)

@@ -1,0 +1,195 @@
+"""What may come next in the output of one request: its grammar, allowed tokens, bad words, budget of thinking.
+
+It belongs to the request, not to its row: it knows the output so far and can go a few drafts ahead and back.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from server.backend.grammar_compiler import Matcher
+from server.backend.guidance import NOTHING_FOLLOWS
+from server.backend.token_masks import TokenMasks, pack
+from server.errors import InvalidRequest
+from server.messages import SamplingParams
+
+# Some grammars cost more with every token, while all streams wait. A request ends when its own has taken so many
+# seconds and so many more per token, which is hundreds of times as much as usual.
+_MAX_SECONDS, _MAX_SECONDS_PER_TOKEN = 2.0, 0.02
+
+
+class OutputMatcher:
+    """Begins before the first token. `grammar` is at its start, or None; `eos_ids` end an output.
+
+    Where a rule would leave nothing of what those before it allow, it gives way. While the grammar lies ahead, behind
+    `after_token_id`, the output may end only if the grammar lets it be empty. `failure` is why there is no going on.
+    """
+
+    def __init__(self, sampling: SamplingParams, grammar: Matcher | None, eos_ids: Sequence[int], vocab_size: int):
+        self._sampling, self._grammar, self._vocab_size = sampling, grammar, vocab_size
+        self._tokens: list[int] = []  # the output, and drafts behind it
+        self._num_known = 0  # of these are the output's
+        self._rows: dict[int, np.ndarray] = {}  # what may come behind so many of them
+        self._eos_ids = frozenset(eos_ids)
+        self._after = _First(sampling.constraint.after_token_id if sampling.constraint else None)
+        self._think_end = _First(sampling.think_end_id)
+        allowed = sampling.allowed_token_ids
+        self._allowed = pack(allowed, vocab_size) if allowed else None
+        self._not_eos = ~pack(eos_ids, vocab_size)
+        self._not_stop = ~pack([*eos_ids, *sampling.stop_token_ids], vocab_size)
+        self._seconds = 0.0
+        self._may_be_empty = grammar is not None and _allows_any(grammar, eos_ids, vocab_size)
+        self.failure: InvalidRequest | None = None
+
+    def go_to(self, output_ids: Sequence[int], ahead: Sequence[int] = ()) -> bool:
+        """Stand behind the request's output and tokens `ahead` of it; False if these may not come, then as far as they
+        may."""
+        self._go_back(output_ids, ahead)
+        num_ahead = len(self._tokens) - len(output_ids)
+        return self._catch_up(output_ids) and all(self.push(token_id) for token_id in ahead[max(0, num_ahead) :])
+
+    def fill_ahead(self, masks: TokenMasks, first: int, output_ids: Sequence[int], drafts: Sequence[int]) -> None:
+        """Fill a row for the token behind the output and one behind each draft, from row `first` on, as far as drafts
+        may come."""
+        self._go_back(output_ids, drafts)
+        if not self._catch_up(output_ids):
+            return
+        for index in range(len(drafts) + 1):
+            place = len(output_ids) + index
+            if place not in self._rows:
+                self._pop(len(self._tokens) - place)
+            self._copy_row(masks, first + index, place)
+            if index == len(drafts) or not masks.allows(first + index, drafts[index]):
+                return
+            if len(self._tokens) == place and not self.push(drafts[index]):
+                return
+
+    def fill(self, masks: TokenMasks, row: int) -> None:
+        """Leave in `row`, which allows everything, what may come next."""
+        self._copy_row(masks, row, len(self._tokens))
+
+    def push(self, token_id: int) -> bool:
+        """Go on by a token; False, and nothing changes, if the grammar ends there or does not allow it."""
+        if self._grammar is not None and self._is_constrained:
+            start = time.perf_counter()
+            if token_id in self._eos_ids or not self._grammar.accept(token_id):
+                return False
+            self._count_time(start)
+        for first in (self._after, self._think_end):
+            first.push(token_id, len(self._tokens))
+        self._tokens.append(token_id)
+        return True
+
+    def _catch_up(self, output_ids: Sequence[int]) -> bool:
+        for token_id in output_ids[len(self._tokens) :]:
+            if not self.push(token_id):
+                self._fail("the output has left it")
+                return False
+        return True
+
+    def _go_back(self, output_ids: Sequence[int], ahead: Sequence[int]) -> None:
+        """To where the way here and the way there part."""
+        place = self._num_known
+        for token_id in (*output_ids[place:], *ahead):
+            if place == len(self._tokens) or self._tokens[place] != token_id:
+                break
+            place += 1
+        self._pop(len(self._tokens) - place)
+        self._num_known = min(len(output_ids), place)
+        self._rows = {place: row for place, row in self._rows.items() if place >= self._num_known}
+
+    def _pop(self, count: int) -> None:
+        if count == 0:
+            return
+        length = len(self._tokens)
+        del self._tokens[length - count :]
+        if self._grammar is not None:
+            num_free = 0 if self._after.token_id is None else self._after.count(length)
+            self._grammar.rollback(min(count, length - num_free))
+        for first in (self._after, self._think_end):
+            first.cut(length - count)
+        self._rows = {place: row for place, row in self._rows.items() if place <= length - count}
+
+    def _copy_row(self, masks: TokenMasks, row: int, place: int) -> None:
+        """Of `place`, which is where it stands if nobody has asked for it before."""
+        if place not in self._rows:
+            self._fill_row(masks, row)
+            self._rows[place] = masks.array[row].copy()
+        masks.array[row] = self._rows[place]
+
+    def _fill_row(self, masks: TokenMasks, row: int) -> None:
+        if self.failure is None and self._grammar is not None:
+            self._fill_grammar(self._grammar, masks, row)
+        sampling, length = self._sampling, len(self._tokens)
+        budget = sampling.thinking_budget
+        if budget is not None and length >= budget and self._think_end.place is None:
+            assert sampling.think_end_id is not None
+            masks.narrow(row, pack([sampling.think_end_id], self._vocab_size))
+        if self._allowed is not None:
+            masks.narrow(row, self._allowed)
+        bad_ids = [word[-1] for word in sampling.bad_words if self._ends_with(word[:-1])]
+        if bad_ids:
+            masks.narrow(row, ~pack(bad_ids, self._vocab_size))
+        if length < sampling.min_tokens:
+            masks.narrow(row, self._not_stop)
+
+    @property
+    def _is_constrained(self) -> bool:
+        """The next token is the grammar's."""
+        return self._after.token_id is None or self._after.place is not None
+
+    def _fill_grammar(self, grammar: Matcher, masks: TokenMasks, row: int) -> None:
+        if not self._is_constrained:
+            if not self._may_be_empty:
+                masks.narrow(row, self._not_eos)
+            return
+        start = time.perf_counter()
+        grammar.fill(masks, row)
+        self._count_time(start)
+        error = grammar.error()
+        if error or not masks.array[row].any():
+            self._fail(error or NOTHING_FOLLOWS)
+            masks.array[row] = -1
+
+    def _count_time(self, start: float) -> None:
+        self._seconds += time.perf_counter() - start
+        if self._seconds > _MAX_SECONDS + _MAX_SECONDS_PER_TOKEN * len(self._tokens):
+            self._fail(f"it takes too long to follow, {self._seconds:.1f} seconds for {len(self._tokens)} tokens")
+
+    def _ends_with(self, token_ids: Sequence[int]) -> bool:
+        start = len(self._tokens) - len(token_ids)
+        return start >= 0 and self._tokens[start:] == list(token_ids)
+
+    def _fail(self, why: str) -> None:
+        constraint = self._sampling.constraint
+        assert constraint is not None
+        message = f"{constraint.field} cannot be followed any further: {why}; make it simpler"
+        self.failure = InvalidRequest(message, constraint.field)
+
+
+def _allows_any(grammar: Matcher, token_ids: Sequence[int], vocab_size: int) -> bool:
+    masks = TokenMasks(1, vocab_size, "cpu")
+    grammar.fill(masks, 0)
+    return any(masks.allows(0, token_id) for token_id in token_ids)
+
+
+class _First:
+    """The place where a token first stands in the output; None while it does not."""
+
+    def __init__(self, token_id: int | None):
+        self.token_id = token_id
+        self.place: int | None = None
+
+    def push(self, token_id: int, place: int) -> None:
+        if self.place is None and token_id == self.token_id:
+            self.place = place
+
+    def count(self, length: int) -> int:
+        """How many of the output's `length` tokens stand up to that place."""
+        return length if self.place is None else self.place + 1
+
+    def cut(self, length: int) -> None:
+        """The output is `length` tokens long now."""
+        if self.place is not None and self.place >= length:
+            self.place = None
