@@ -1,13 +1,14 @@
 """Every setting, written once: frozen dataclasses; the command-line flags are made from them.
 
-A field's metadata holds its help (with the unit) and, where the values are few, its choices. No torch.
+A field's metadata holds its group and help (with the unit), its choices where the values are few, and whether it is a
+secret, which nothing may show. No torch.
 """
 
-import argparse
-import types
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from server.errors import ConfigError
 
@@ -17,89 +18,100 @@ MAX_CHUNK = 65535
 # Newest positions per request that the draft head catches up on when drafts are wanted again; it never sees older ones.
 MAX_BEHIND = 16
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
+# Values of --generation-config that are no directory; the last one by vLLM's name.
+OF_THE_CHECKPOINT, NEUTRAL = "auto", ("none", "vllm")
 
-C = TypeVar("C")
+
+def _setting(group: str, default: Any, help: str, choices: tuple[str, ...] = (), is_secret: bool = False) -> Any:
+    metadata = {"group": group, "help": help, "choices": choices, "is_secret": is_secret}
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+_model = partial(_setting, "model")
+_memory = partial(_setting, "memory and prefix cache")
+_scheduling = partial(_setting, "scheduling")
+_speculation = partial(_setting, "speculation")
+_kernels = partial(_setting, "kernels")
+_http = partial(_setting, "HTTP")
+_requests = partial(_setting, "defaults and limits of requests")
+_observability = partial(_setting, "observability")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Settings of the engine process and of `LLM`. Raises ConfigError where two values cannot go together."""
 
-    model: str = _setting(DEMO_MODEL, "directory of a Hugging Face checkpoint; the bundled demo when not given")
-    device: str = _setting("auto", "where the model runs; auto: cuda when there is one", ("auto", "cpu", "cuda"))
-    dtype: str = _setting(
+    model: str = _model(DEMO_MODEL, "directory of a Hugging Face checkpoint; the bundled demo when not given")
+    device: str = _model("auto", "where the model runs; auto: cuda when there is one", ("auto", "cpu", "cuda"))
+    dtype: str = _model(
         "auto",
         "weights and activations; auto: the checkpoint's. float64 removes rounding as a cause of differences",
         ("auto", "bfloat16", "float32", "float64"),
     )
-    load_format: str = _setting(
+    load_format: str = _model(
         "auto", "where weights come from; auto: the checkpoint, dummy: random ones, to measure speed", ("auto", "dummy")
     )
-    mtp_step: int = _setting(0, f"draft tokens per decode step, 0..{MAX_MTP_STEP}; 0 switches speculation off")
-    mtp_mode: str = _setting(
+    mtp_step: int = _speculation(0, f"draft tokens per decode step, 0..{MAX_MTP_STEP}; 0 switches speculation off")
+    mtp_mode: str = _speculation(
         "auto",
         "how drafts are chained: eagle reuses one MTP layer, vanilla uses one layer per draft; auto: by layer count",
         ("auto", "eagle", "vanilla"),
     )
-    speculation: str = _setting(
+    speculation: str = _speculation(
         "adaptive",
         "how many of the mtp_step drafts a request gets; adaptive: what costs least time per token, fixed: all of them",
         ("adaptive", "fixed"),
     )
-    overlap: str = _setting(
+    overlap: str = _scheduling(
         "auto",
         "prepare the next step while the device runs one; auto: on for a GPU, off on a CPU, which the host shares",
         ("auto", "on", "off"),
     )
-    max_running_requests: int | None = _setting(
+    max_running_requests: int | None = _scheduling(
         None,
         "requests that decode at the same time (rows of the request table); default: 16 (GPU: 128), fewer if memory is "
         "short",
     )
-    chunked_prefill_size: int = _setting(512, "prompt tokens per engine step, at most")
-    stream_slowdown: float = _setting(
+    chunked_prefill_size: int = _scheduling(512, "prompt tokens per engine step, at most")
+    stream_slowdown: float = _scheduling(
         2.0, "while requests decode, prompt tokens may prolong a step to this many times its own length, about"
     )
-    page_size: int = _setting(16, "tokens per KV page")
-    mem_fraction_static: float = _setting(
+    page_size: int = _memory(16, "tokens per KV page")
+    mem_fraction_static: float = _memory(
         0.85, "share of the free memory (of the GPU, or of the machine) that weights and caches may take"
     )
-    prefix_cache: str = _setting("on", "reuse what requests with the same beginning have computed", ("on", "off"))
-    checkpoint_interval: int = _setting(1024, "prompt tokens between two GDN checkpoints of a long prompt")
-    checkpoint_bytes: int | None = _setting(
+    prefix_cache: str = _memory("on", "reuse what requests with the same beginning have computed", ("on", "off"))
+    checkpoint_interval: int = _memory(1024, "prompt tokens between two GDN checkpoints of a long prompt")
+    checkpoint_bytes: int | None = _memory(
         None, "bytes of GDN checkpoints for prefix reuse; default: four per running request, if memory allows"
     )
-    host_cache_bytes: int = _setting(0, "bytes of host memory for pages and checkpoints that were evicted; 0: none")
-    request_timeout: float | None = _setting(None, "seconds after which a request is ended; default: never")
-    watchdog: int = _setting(0, "engine steps between two checks of a random request's state by prefill; 0: off")
-    max_model_len: int | None = _setting(
+    host_cache_bytes: int = _memory(0, "bytes of host memory for pages and checkpoints that were evicted; 0: none")
+    request_timeout: float | None = _scheduling(None, "seconds after which a request is ended; default: never")
+    watchdog: int = _observability(0, "engine steps between two checks of a random request's state by prefill; 0: off")
+    max_model_len: int | None = _model(
         None, "prompt + output tokens per request, at most; default: the checkpoint's, at most 32768"
     )
-    max_total_tokens: int | None = _setting(
+    max_total_tokens: int | None = _memory(
         None,
         "tokens the KV cache holds over all requests; default: what max-running-requests can use, at most 65536 "
         "(GPU: 524288)",
     )
-    attention_backend: str = _setting(
+    attention_backend: str = _kernels(
         "auto",
         "kernels of the attention layers; flashinfer: for prefill, with triton's decode step; auto: triton on a GPU, "
         "torch elsewhere",
         ("auto", "triton", "flashinfer", "torch"),
     )
-    gdn_backend: str = _setting(
+    gdn_backend: str = _kernels(
         "auto",
         "kernels of the Gated DeltaNet layers; flashinfer, auto: as for attention",
         ("auto", "triton", "flashinfer", "torch"),
     )
-    disable_cuda_graph: bool = _setting(False, "launch the kernels of a decode step one by one")
-    cuda_graph_max_bs: int | None = _setting(
+    disable_cuda_graph: bool = _kernels(False, "launch the kernels of a decode step one by one")
+    cuda_graph_max_bs: int | None = _kernels(
         None, "requests that decode in one CUDA graph, at most; default: max-running-requests"
     )
-    num_threads: int | None = _setting(None, "CPU threads for torch; default: the cores this process may use")
+    num_threads: int | None = _kernels(None, "CPU threads for torch; default: the cores this process may use")
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -117,7 +129,7 @@ class EngineConfig:
             raise ConfigError(f"--chunked-prefill-size is {self.chunked_prefill_size}, it must be at most {MAX_CHUNK}")
         for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
             if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be 0 or more")
+                raise ConfigError(f"{flag_name(name)} is {getattr(self, name)}, it must be 0 or more")
         if not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"--mem-fraction-static is {self.mem_fraction_static}, the range is above 0 and below 1")
         if not self.stream_slowdown >= 1:
@@ -165,64 +177,84 @@ def lookahead(mtp_step: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Settings of the HTTP process."""
+    """Settings of the HTTP process. Raises ConfigError where two values cannot go together."""
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(8000, "port to listen on")
-    served_model_name: str | None = _setting(None, "model name in requests; default: the checkpoint directory's name")
-    drain_timeout: float = _setting(30.0, "seconds that SIGTERM waits for requests in flight")
-    max_queue: int = _setting(1024, "requests in the server, at most; more are answered 429")
-    log_level: str = _setting("info", "log level", ("debug", "info", "warning", "error"))
+    served_model_name: tuple[str, ...] = _model(
+        (), "names of the model in requests, the first also in answers; default: the checkpoint directory's name"
+    )
+    host: str = _http("127.0.0.1", "address to listen on")
+    port: int = _http(8000, "port to listen on; 0: a free one")
+    uds: str | None = _http(None, "path of a Unix socket to listen on, instead of host and port")
+    root_path: str = _http("", "path under which a proxy serves this server")
+    ssl_certfile: str | None = _http(None, "certificate chain (PEM) to serve HTTPS with")
+    ssl_keyfile: str | None = _http(None, "private key of the certificate, if it is not in the same file")
+    api_key: tuple[str, ...] = _http(
+        (),
+        "keys, one of which every request but those for health and the page must bring; also TANDEM_API_KEY",
+        is_secret=True,
+    )
+    allowed_origins: tuple[str, ...] = _http((), "origins whose web pages may call this server; *: all of them")
+    client_timeout: float = _http(
+        60.0, "seconds that a client has to send a request, and to take what is sent to it, before it is cut off"
+    )
+    keep_alive_interval: float = _http(15.0, "seconds of silence after which a stream gets a comment")
+    drain_timeout: float = _http(30.0, "seconds that SIGTERM waits for requests in flight")
+    max_queue: int = _http(1024, "requests in the server, at most; more are answered 429")
+    max_logprobs: int = _requests(20, "alternatives per token that a request may ask for; -1: the vocabulary")
+    generation_config: str = _requests(
+        OF_THE_CHECKPOINT,
+        f"where defaults of sampling come from: {OF_THE_CHECKPOINT}: generation_config.json of the checkpoint, or of "
+        f"another directory; {NEUTRAL[0]}: temperature 1 and no filters",
+    )
+    override_generation_config: Mapping[str, Any] | None = _requests(None, "defaults of sampling that go before those")
+    default_chat_template_kwargs: Mapping[str, Any] | None = _requests(
+        None, "defaults of chat_template_kwargs, such as enable_thinking"
+    )
+    trust_request_chat_template: bool = _requests(
+        False, "let requests bring a chat template, which can take all of a processor's time"
+    )
+    log_level: str = _observability("info", "what is logged", ("debug", "info", "warning", "error"))
+    log_format: str = _observability("text", "lines of text, or of one JSON object each", ("text", "json"))
+    disable_log_requests: bool = _observability(False, "leave out the line about each finished request")
+    log_interval: float = _observability(10.0, "seconds between lines about throughput while requests run; 0: none")
+    otlp_traces_endpoint: str | None = _observability(
+        None, "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span per request"
+    )
 
     def __post_init__(self) -> None:
         _require_choices(self)
-        _require_positive("max_queue", self.max_queue)
-        if self.drain_timeout < 0:
-            raise ConfigError(f"--drain-timeout is {self.drain_timeout}, it must be 0 or more seconds")
+        for name in ("max_queue", "client_timeout", "keep_alive_interval"):
+            _require_positive(name, getattr(self, name))
+        for name in ("drain_timeout", "log_interval"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{flag_name(name)} is {getattr(self, name)}, it must be 0 or more seconds")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, the range is 0..65535")
+        if self.max_logprobs < -1:
+            raise ConfigError(f"--max-logprobs is {self.max_logprobs}, it must be 0 or more, or -1 for the vocabulary")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(f"--root-path is {self.root_path!r}, it must begin with a slash and end without one")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if not all(self.served_model_name):
+            raise ConfigError("--served-model-name has an empty name")
+        if not all(key and key.isascii() and key.isprintable() and " " not in key for key in self.api_key):
+            raise ConfigError("--api-key has a key that is empty or has characters other than visible ASCII")
 
 
 def _require_choices(config: Any) -> None:
     for setting in fields(config):
         choices, value = setting.metadata["choices"], getattr(config, setting.name)
         if choices and value not in choices:
-            raise ConfigError(
-                f"--{setting.name.replace('_', '-')} is {value!r}, it must be one of {', '.join(choices)}"
-            )
+            raise ConfigError(f"{flag_name(setting.name)} is {value!r}, it must be one of {', '.join(choices)}")
 
 
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         least = "at least 1" if isinstance(value, int) else "above 0"
-        raise ConfigError(f"--{name.replace('_', '-')} is {value}, it must be {least}")
+        raise ConfigError(f"{flag_name(name)} is {value}, it must be {least}")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add one flag per field of the dataclass `config`: `max_model_len` becomes `--max-model-len`."""
-    hints = get_type_hints(config)
-    for setting in fields(config):
-        assert setting.default is not MISSING
-        flag, help = "--" + setting.name.replace("_", "-"), setting.metadata["help"].replace("%", "%%")
-        if hints[setting.name] is bool:
-            assert not setting.default
-            parser.add_argument(flag, action="store_true", help=f"{help} (default: {setting.default})")
-            continue
-        parser.add_argument(
-            flag,
-            type=_flag_type(hints[setting.name]),
-            default=setting.default,
-            choices=setting.metadata["choices"] or None,
-            help=f"{help} (default: {setting.default})",
-        )
-
-
-def read_flags(args: argparse.Namespace, config: type[C]) -> C:
-    """The dataclass `config` with the values of the flags that `add_flags` made. Raises ConfigError."""
-    return config(**{setting.name: getattr(args, setting.name) for setting in fields(config)})  # type: ignore[arg-type]
-
-
-def _flag_type(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(option for option in get_args(hint) if option is not type(None))
-    return hint
+def flag_name(setting: str) -> str:
+    """The command-line flag of a setting: `max_model_len` is set by `--max-model-len`."""
+    return "--" + setting.replace("_", "-")

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import sys
@@ -18,22 +19,23 @@ from collections.abc import Awaitable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import uvicorn
-
 from server import engine_process
 from server.api.app import build_app
 from server.api.engine_client import EngineClient
-from server.api.sampling import read_generation_config
-from server.api.services import build_services
+from server.api.sampling import read_defaults
+from server.api.services import Services, build_services
+from server.api.throughput import log_throughput
+from server.api.tracing import Tracing
 from server.channel import AsyncEnd
 from server.command_line import read_command_line
 from server.config import EngineConfig, ServerConfig
 from server.errors import CheckpointError, ConfigError, EngineDead, TandemError
+from server.http_server import FLUSH_SECONDS, HttpServer, listening
+from server.logs import log_fields, set_up_log
 from server.messages import Fatal, Ready
 from server.tokenizer import Tokenizer
+from server.versions import read_version
 
-# Time for answers that are already written to reach their clients.
-_FLUSH_SECONDS = 3
 # Time for the last message of an engine that has ended to arrive.
 _LAST_WORDS_SECONDS = 0.5
 # Requests make few cycles; a rare collection keeps pauses out of the streams.
@@ -45,10 +47,15 @@ log = logging.getLogger("tandem")
 def main(arguments: Sequence[str], engine: str = engine_process.ENGINE) -> int:
     """Serve until told to stop; returns the exit code. `engine` names the engine class as "module:class"."""
     try:
-        engine_config, server_config = read_command_line(arguments)
-        _set_up_log(server_config.log_level)
+        command = read_command_line(arguments)
+        set_up_log(command.server.log_level, command.server.log_format)
         check_kernels_package()
-        return asyncio.run(_start(engine_config, server_config, engine))
+        if command.is_check:
+            from server.check import check  # needs torch
+
+            print(check(command.engine, command.server))
+            return 0
+        return asyncio.run(_start(command.engine, command.server, engine))
     except TandemError as error:
         print(f"tandem: error: {error.message}", file=sys.stderr, flush=True)
         return 1
@@ -71,26 +78,51 @@ async def _start(engine_config: EngineConfig, config: ServerConfig, engine: str)
     directory = Path(engine_config.model)
     if not directory.is_dir():
         raise CheckpointError(f"--model {directory} is not a directory; give a downloaded Hugging Face checkpoint")
+    name = directory.resolve().name
     with (
-        _bind(config) as listener,
+        _tracing(config, name) as tracing,
+        listening(config) as listener,
         contextlib.closing(AsyncEnd()) as channel,
         _engine_running(engine_config, config, channel, engine) as running,
     ):
         log.info("loading %s", directory)
         tokenizer = await asyncio.to_thread(Tokenizer, directory)
-        defaults = read_generation_config(directory)
+        defaults = read_defaults(directory, config.generation_config, config.override_generation_config or {})
         ready = await _wait_ready(channel, running, signals)
         if ready is None:
             return 0
         client = EngineClient(channel, ready, config.max_queue)
-        name = config.served_model_name or directory.resolve().name
-        services = build_services(name, int(time.time()), tokenizer, client, defaults)
+        services = build_services(name, int(time.time()), tokenizer, client, defaults, config, engine_config)
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD)
-        settings = uvicorn.Config(
-            build_app(services), log_config=None, lifespan="off", timeout_graceful_shutdown=_FLUSH_SECONDS
-        )
-        return await _serve(_HttpServer(settings), listener, client, running, signals, config.drain_timeout)
+        app = build_app(services, [tracing.record] if tracing is not None else [])
+        _log_banner(services)
+        return await _serve(HttpServer(app, config), listener, client, running, signals, config)
+
+
+@contextlib.contextmanager
+def _tracing(config: ServerConfig, name: str) -> Iterator[Tracing | None]:
+    """What sends traces, if anything does; the last ones are sent on leaving."""
+    if config.otlp_traces_endpoint is None:
+        yield None
+        return
+    with contextlib.closing(Tracing(config.otlp_traces_endpoint, (config.served_model_name or (name,))[0])) as tracing:
+        yield tracing
+
+
+def _log_banner(services: Services) -> None:
+    ready = services.client.ready
+    figures = {
+        "model": services.model_name,
+        "dtype": ready.dtype,
+        "device": ready.device,
+        "context": ready.max_model_len,
+        "requests": ready.max_running_requests,
+        "kv_tokens": ready.num_pages * ready.page_size,
+        "gdn_checkpoints": ready.num_checkpoints,
+        "mtp_step": ready.mtp_step,
+    }
+    log_fields(log, logging.INFO, f"Tandem {read_version()}", figures)
 
 
 async def _wait_ready(channel: AsyncEnd, engine: "_EngineProcess", signals: "_Signals") -> Ready | None:
@@ -112,19 +144,20 @@ async def _wait_ready(channel: AsyncEnd, engine: "_EngineProcess", signals: "_Si
 
 
 async def _serve(
-    http: "_HttpServer",
+    http: HttpServer,
     listener: socket.socket,
     client: EngineClient,
     engine: "_EngineProcess",
     signals: "_Signals",
-    drain_timeout: float,
+    config: ServerConfig,
 ) -> int:
     """Serve until a signal (returns 0) or until the engine has gone (returns 1). Raises ConfigError if HTTP fails."""
     serving = asyncio.create_task(http.serve([listener]))
     delivering = asyncio.create_task(client.run())
+    reporting = asyncio.create_task(_report(client, config.log_interval))
     await _first(signals.stop.wait(), engine.died.wait(), delivering, serving)
     if signals.stop.is_set():
-        await _drain(client, signals, engine, drain_timeout)
+        await _drain(client, signals, engine, config.drain_timeout)
     if engine.died.is_set():
         await asyncio.wait([delivering], timeout=_LAST_WORDS_SECONDS)
     failed = engine.died.is_set() or delivering.done()
@@ -134,10 +167,16 @@ async def _serve(
     http.should_exit = True
     await asyncio.wait([serving])
     delivering.cancel()
+    reporting.cancel()
     failure = serving.exception()
     if failure is not None:
         raise ConfigError(f"the HTTP server failed: {failure}") from failure
     return 1 if failed else 0
+
+
+async def _report(client: EngineClient, interval: float) -> None:
+    if interval:
+        await log_throughput(lambda: client.stats, interval)
 
 
 async def _drain(client: EngineClient, signals: "_Signals", engine: "_EngineProcess", timeout_seconds: float) -> None:
@@ -148,21 +187,6 @@ async def _drain(client: EngineClient, signals: "_Signals", engine: "_EngineProc
     await _first(client.wait_idle(), engine.died.wait(), signals.hurry.wait(), timeout)
     if client.num_in_flight:
         log.warning("ending %d requests that did not finish in time (--drain-timeout)", client.num_in_flight)
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers (what a signal means is decided here), that says when it listens."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then log the address."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            log.info("ready: serving at http://%s:%d", *listener.getsockname()[:2])
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
-        yield
 
 
 class _Signals:
@@ -179,34 +203,16 @@ class _Signals:
         (self.hurry if self.stop.is_set() else self.stop).set()
 
 
-def _set_up_log(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    """A socket that listens, so that nobody else can take the port while the model loads. Raises ConfigError.
-
-    Clients that come early wait until the server is ready.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen()  # a second server can bind the port too, but not listen on it
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on --host {config.host} --port {config.port}: {error.strerror}") from error
-    return listener
-
-
 @contextlib.contextmanager
 def _engine_running(
     engine_config: EngineConfig, config: ServerConfig, channel: AsyncEnd, engine: str
 ) -> Iterator["_EngineProcess"]:
     """The engine process; ended on leaving, the hard way if it takes long, since by then nobody waits for it."""
+    if config.log_format == "json":
+        os.environ["TQDM_DISABLE"] = "1"  # progress bars are no JSON
     process = multiprocessing.get_context("spawn").Process(
         target=engine_process.run,
-        args=(engine_config, channel.endpoint, config.log_level, engine),
+        args=(engine_config, channel.endpoint, config.log_level, engine, config.log_format),
         name="tandem-engine",
     )
     process.start()
@@ -214,7 +220,7 @@ def _engine_running(
         yield _EngineProcess(process)
     finally:
         process.terminate()
-        process.join(_FLUSH_SECONDS)
+        process.join(FLUSH_SECONDS)
         process.kill()
         process.join()
 

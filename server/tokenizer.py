@@ -6,6 +6,7 @@ token (`Detokenizer`: never half a character, cut at stop strings). Knows neithe
 """
 
 import codecs
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -32,6 +33,9 @@ _RENDER_ERRORS = (
 )
 # Template variables that are fields of a request: one that set them twice would say two things.
 _RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools")
+# Stands where the last message's content ends while a template renders it; a template that trims content takes the
+# space.
+_END_OF_CONTENT = "[[end of content]] "
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -43,7 +47,15 @@ class Tokenizer:
         self._tokenizer = _load_tokenizer(path / "tokenizer.json")
         config = _load_json(path / "tokenizer_config.json")
         self._named_tokens = {name: _token_text(path, name, config[name]) for name in _NAMED_TOKENS if config.get(name)}
-        self._template = _compile_template(_find_template(path, config))
+        template = _find_template(path, config)
+        self._template = _compile_template(template)
+        # What others need to do the same.
+        self.description = {
+            "tokenizer_class": config.get("tokenizer_class", "PreTrainedTokenizerFast"),
+            **{name: self._named_tokens.get(name) for name in _NAMED_TOKENS},
+            "add_bos_token": config.get("add_bos_token", False),
+            "chat_template": template,
+        }
         self._byte_of_char = _byte_of_char()
         self._bytes_of_token: dict[int, bytes] = {}
         added = self._tokenizer.get_added_tokens_decoder()
@@ -82,14 +94,24 @@ class Tokenizer:
             found = self._bytes_of_token[token_id] = self._compute_bytes(token_id)
         return found
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the token with exactly this text, None when there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
     ) -> str:
-        """The prompt text of a conversation; `variables` are further ones for the template. Raises InvalidRequest."""
-        if self._template is None:
+        """The prompt text of a conversation. Raises InvalidRequest.
+
+        `variables` are further ones for the template, `template` one to take instead of the checkpoint's.
+        """
+        compiled = self._template if template is None else _compile_request_template(template)
+        if compiled is None:
             raise InvalidRequest("this checkpoint has no chat template; use /v1/completions", param="messages")
         reserved = next((name for name in _RESERVED_VARIABLES if name in variables), None)
         if reserved is not None:
@@ -97,11 +119,32 @@ class Tokenizer:
                 f"chat_template_kwargs sets {reserved}, which is a field of the request itself; set that",
                 "chat_template_kwargs",
             )
-        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
         try:
-            return self._template.render({**self._named_tokens, **variables, **own})
+            return compiled.render({"documents": None, **self._named_tokens, **variables, **own})
         except _RENDER_ERRORS as error:
             raise InvalidRequest(f"the chat template refused the messages: {str(error)[:200]}", "messages") from error
+
+    def continue_final_message(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+    ) -> str:
+        """The prompt text of a conversation up to the end of its last message's content, for the model to go on there.
+
+        As `apply_chat_template` otherwise.
+        """
+        last = {**messages[-1], "content": messages[-1]["content"] + _END_OF_CONTENT}
+        text = self.apply_chat_template([*messages[:-1], last], False, variables, tools, template)
+        before, mark, after = text.rpartition(_END_OF_CONTENT.rstrip())
+        if not mark:
+            raise InvalidRequest(
+                "continue_final_message is true, but the chat template leaves out the last message's content",
+                "messages",
+            )
+        return before if after.startswith(" ") else before.rstrip()
 
     def _compute_bytes(self, token_id: int) -> bytes:
         text = self._tokenizer.id_to_token(token_id)
@@ -307,19 +350,31 @@ def _find_template(path: Path, config: dict[str, Any]) -> str | None:
     return found
 
 
+@functools.lru_cache(maxsize=16)
+def _compile_request_template(text: str) -> jinja2.Template:
+    try:
+        return _compile(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise InvalidRequest(
+            f"chat_template is broken at line {error.lineno}: {str(error.message)[:200]}", "chat_template"
+        ) from error
+
+
 def _compile_template(text: str | None) -> jinja2.Template | None:
-    if text is None:
-        return None
+    try:
+        return None if text is None else _compile(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(f"the chat template is broken at line {error.lineno}: {error.message}") from error
+
+
+def _compile(text: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"the chat template is broken at line {error.lineno}: {error.message}") from error
+    return environment.from_string(text)
 
 
 def _tojson(

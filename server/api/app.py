@@ -1,88 +1,121 @@
 """The HTTP routes. Each handler is a few lines; what they do is in the module named after the endpoint."""
 
-import importlib.metadata
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
+from server.api.aborts import add_abort_routes
+from server.api.access import KeyGuard
+from server.api.anthropic_messages import add_anthropic_routes
 from server.api.chat import answer_chat
 from server.api.completions import answer_completion
-from server.api.error_bodies import error_response, install_error_handlers
+from server.api.error_bodies import REQUEST_ID_HEADER, install_error_handlers
+from server.api.exchange import Exchange, ExchangeRecorder, log_exchange
 from server.api.fields import shown
+from server.api.generate import add_generate_routes
+from server.api.generate_tokens import add_token_routes
+from server.api.openapi import GENERATION_ERRORS, operation, path_parameter
+from server.api.playground_page import add_playground_routes
+from server.api.responses import add_response_routes
+from server.api.schemas import CHAT_COMPLETION, CHAT_REQUEST, COMPLETION, COMPLETION_REQUEST, MODEL, MODEL_LIST
 from server.api.services import Services
+from server.api.status import add_status_routes
+from server.api.tokenization import add_tokenizer_routes
 from server.errors import NotFound
-
-# What a checkout says that nobody has installed.
-_NO_VERSION = "0+checkout"
+from server.versions import read_version
 
 
-def build_app(services: Services) -> FastAPI:
-    """The application that serves `services`."""
-    app = FastAPI(title="Tandem", version=_read_version())
+def build_app(services: Services, observers: Sequence[Callable[[Exchange], None]] = ()) -> FastAPI:
+    """The application that serves `services`. `observers` are told of every exchange, like the log and the metrics."""
+    app = FastAPI(title="Tandem", version=read_version(), redirect_slashes=False)
+    app.root_path = services.config.root_path
     install_error_handlers(app)
+    _add_middleware(app, services, observers)
     _add_generation_routes(app, services)
+    _add_other_routes(app, services)
     _add_model_routes(app, services)
-    _add_status_routes(app, services)
+    add_status_routes(app, services)
+    add_playground_routes(app)
     return app
 
 
+def _add_middleware(app: FastAPI, services: Services, observers: Sequence[Callable[[Exchange], None]]) -> None:
+    """The last that is added sees a request first. Refusals too must be readable for pages of other origins, and
+    recorded."""
+    config = services.config
+    if config.api_key:
+        app.add_middleware(KeyGuard, keys=config.api_key)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER,),
+        )
+    log = () if config.disable_log_requests else (log_exchange,)
+    count = partial(_count_exchange, services)
+    app.add_middleware(ExchangeRecorder, observers=(count, *log, *observers))
+
+
+def _count_exchange(services: Services, exchange: Exchange) -> None:
+    services.metrics.observe_http(exchange.method, exchange.route, exchange.status, exchange.seconds)
+
+
 def _add_generation_routes(app: FastAPI, services: Services) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        **operation(request=CHAT_REQUEST, answer=CHAT_COMPLETION, streams=True, errors=GENERATION_ERRORS),
+    )
     async def chat_completions(request: Request) -> Response:
         """A chat message, whole or streamed."""
         return await answer_chat(request, services)
 
-    @app.post("/v1/completions")
+    @app.post(
+        "/v1/completions",
+        **operation(request=COMPLETION_REQUEST, answer=COMPLETION, streams=True, errors=GENERATION_ERRORS),
+    )
     async def completions(request: Request) -> Response:
         """Continuations of prompts, whole or streamed."""
         return await answer_completion(request, services)
 
 
+def _add_other_routes(app: FastAPI, services: Services) -> None:
+    """The APIs of others, and what goes with generating."""
+    add_response_routes(app, services)
+    add_anthropic_routes(app, services)
+    add_generate_routes(app, services)
+    add_token_routes(app, services)
+    add_abort_routes(app, services)
+    add_tokenizer_routes(app, services)
+
+
 def _add_model_routes(app: FastAPI, services: Services) -> None:
-    card = _model_card(services)
+    cards = {name: _model_card(services, name) for name in services.model_names}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **operation(answer=MODEL_LIST))
     async def list_models() -> dict[str, Any]:
-        """The one model of this server."""
-        return {"object": "list", "data": [card]}
+        """The one model of this server, under each of its names."""
+        return {"object": "list", "data": list(cards.values())}
 
-    @app.get("/v1/models/{model_id:path}")
-    async def show_model(model_id: str) -> dict[str, Any]:
+    @app.get(
+        "/v1/models/{model_id:path}",
+        **operation(answer=MODEL, errors=[NotFound], parameters=[path_parameter("model_id")]),
+    )
+    async def show_model(request: Request) -> dict[str, Any]:
         """The model by name."""
-        if model_id != services.model_name:
-            raise NotFound(f"The model {shown(model_id)} does not exist; this server has {services.model_name!r}")
-        return card
+        name = request.path_params["model_id"]
+        if name not in cards:
+            raise NotFound(f"The model {shown(name)} does not exist; this server has {services.model_name!r}")
+        return cards[name]
 
 
-def _add_status_routes(app: FastAPI, services: Services) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        """200 while requests are admitted, 503 once the engine has gone or the server drains."""
-        failure = services.client.failure
-        return Response() if failure is None else error_response(failure)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """The version of the server."""
-        return {"version": app.version}
-
-
-def _read_version() -> str:
-    try:
-        return importlib.metadata.version("tandem")
-    except importlib.metadata.PackageNotFoundError:
-        return _NO_VERSION
-
-
-def _model_card(services: Services) -> dict[str, Any]:
+def _model_card(services: Services, name: str) -> dict[str, Any]:
     return {
-        "id": services.model_name,
+        "id": name,
         "object": "model",
         "created": services.created,
         "owned_by": "tandem",

@@ -1,21 +1,32 @@
-"""POST /v1/chat/completions: its fields, its chunks and its messages."""
+"""POST /v1/chat/completions: its fields."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
 
+from server.api.chat_format import ChatFormat, MessageRules
+from server.api.constraints import read_masks
 from server.api.fields import Fields
-from server.api.generation import Choice, Delta, Job
-from server.api.logprobs import chat_logprobs
+from server.api.generation import Job
+from server.api.prompts import ChatPrompt
 from server.api.requests import read_stream, respond
 from server.api.sampling import MAX_CHOICES, Limits, read_max_tokens, read_num_logprobs, read_sampling
 from server.api.services import Services
 from server.api.terms import read_terms
+from server.api.thinking import END_OF_THINKING, read_reasoning
+from server.api.tools import AUTO, Tools, read_tools, tool_constraint
 from server.errors import InvalidRequest
-from server.tokenizer import Tokenizer
+from server.messages import Constraint
 
 _MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatJob(Job):
+    """A job whose answer is a message by these `rules`."""
+
+    rules: MessageRules
 
 
 async def answer_chat(request: Request, services: Services) -> Response:
@@ -24,11 +35,11 @@ async def answer_chat(request: Request, services: Services) -> Response:
         request,
         services,
         lambda fields: read_chat_job(fields, services),
-        lambda job: ChatFormat(services.tokenizer, job.sampling.logprobs),
+        lambda job: ChatFormat(services.tokenizer, job, job.rules),
     )
 
 
-def read_chat_job(fields: Fields, services: Services) -> Job:
+def read_chat_job(fields: Fields, services: Services) -> ChatJob:
     """What a chat request asks for; max_tokens defaults to the rest of the context. Raises InvalidRequest."""
     sampling = replace(
         read_sampling(fields, services.limits),
@@ -37,55 +48,31 @@ def read_chat_job(fields: Fields, services: Services) -> Job:
     )
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     how, terms = read_stream(fields), read_terms(fields)
-    return Job(prompts=[services.prompts.read_messages(fields)], sampling=sampling, n=n, terms=terms, **how)
+    tools, reasoning, echo = read_tools(fields), read_reasoning(fields), fields.boolean("echo", False)
+    prompt = services.prompts.read_chat(fields, None if tools is None else tools.definitions)
+    return ChatJob(
+        prompts=[prompt.token_ids],
+        sampling=replace(sampling, **read_message_masks(fields, tools, prompt, services)),
+        n=n,
+        terms=terms,
+        rules=MessageRules(tools, prompt.is_thinking, reasoning, prompt.last_content if echo else ""),
+        **how,
+    )
 
 
-class ChatFormat:
-    """Writes chat messages and their chunks. `num_top` alternatives per token, None for no log-probabilities."""
-
-    id_prefix = "chatcmpl-"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-
-    def __init__(self, tokenizer: Tokenizer, num_top: int | None):
-        self._tokenizer = tokenizer
-        self._num_top = num_top
-        self._begun: set[int] = set()
-
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """A role chunk first, then content; the last one carries the finish reason and may carry text."""
-        chunks = []
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
-            chunks.append(_chunk(delta.index, {"role": "assistant", "content": ""}))
-        logprobs = self._logprobs(delta)
-        if delta.text or delta.finish_reason is not None or logprobs is not None:
-            chunk = _chunk(delta.index, {"content": delta.text} if delta.text else {})
-            chunk.update(logprobs=logprobs, finish_reason=delta.finish_reason)
-            if delta.finish_reason is not None:
-                chunk["stop_reason"] = delta.stop_reason
-            chunks.append(chunk)
-        return chunks
-
-    def choice(self, choice: Choice, deltas: list[Delta]) -> dict[str, Any]:
-        """A whole message."""
-        entries = [entry for delta in deltas if (part := self._logprobs(delta)) for entry in part["content"]]
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas)},
-            "logprobs": None if self._num_top is None else {"content": entries},
-            "finish_reason": deltas[-1].finish_reason,
-            "stop_reason": deltas[-1].stop_reason,
-        }
-
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        if self._num_top is None or not delta.token_ids:
-            return None
-        return chat_logprobs(self._tokenizer, delta, self._num_top)
-
-
-def _chunk(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": message, "logprobs": None, "finish_reason": None}
+def read_message_masks(
+    fields: Fields, tools: Tools | None, prompt: ChatPrompt, services: Services, form: Constraint | None = None
+) -> dict[str, Any]:
+    """Which tokens of a message may come. A call that must be made goes before a format of the content (`form`, if the
+    common fields for it have none), a format before calls that may be made."""
+    tokenizer = services.tokenizer
+    masks = read_masks(fields, tokenizer, services.limits.vocab_size, prompt.is_thinking)
+    after = tokenizer.token_id(END_OF_THINKING) if prompt.is_thinking else None
+    if masks["constraint"] is None and form is not None:
+        masks["constraint"] = replace(form, after_token_id=after)
+    if tools is not None and (masks["constraint"] is None or tools.choice != AUTO):
+        masks["constraint"] = tool_constraint(tools, after)
+    return masks
 
 
 def _read_logprobs(fields: Fields, limits: Limits) -> int | None:

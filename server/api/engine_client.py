@@ -6,13 +6,25 @@ Used from one event loop. Knows token ids, never text; knows nothing of HTTP.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
 from server import errors
 from server.errors import EngineDead, InvalidRequest, QueueFull, TandemError
-from server.messages import Abort, EngineStats, Fatal, Generate, Ready, Reply, Request, StepReport, TokenOutput
+from server.messages import (
+    FINISH_ABORT,
+    Abort,
+    EngineStats,
+    Fatal,
+    Generate,
+    Ready,
+    Reply,
+    Request,
+    StepReport,
+    TokenOutput,
+)
 
 log = logging.getLogger("tandem.api")
 
@@ -30,17 +42,20 @@ class Channel(Protocol):
 class EngineClient:
     """Requests in flight and who waits for them.
 
-    `failure` is what new requests are refused with: None while the engine serves. `stats` is the engine's last word.
+    `failure` is what new requests are refused with: None while the engine serves. `stats` is the engine's last word,
+    and `observe` is told every one.
     """
 
     def __init__(self, channel: Channel, ready: Ready, max_requests: int):
         self._channel = channel
         self._max_requests = max_requests
         self._in_flight: dict[str, Outputs] = {}
+        self._names: dict[str, str] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready = ready
         self.stats = EngineStats()
+        self.observe: Callable[[EngineStats], None] = lambda _stats: None
         self.failure: EngineDead | None = None
 
     @property
@@ -75,8 +90,8 @@ class EngineClient:
                 f"{self._max_requests} (--max-queue); try again later"
             )
 
-    def submit(self, requests: Sequence[Generate]) -> "Outputs":
-        """Start the requests; their outputs come mixed, in order of arrival.
+    def submit(self, requests: Sequence[Generate], names: Sequence[str] = ()) -> "Outputs":
+        """Start the requests; their outputs come mixed, in order of arrival. `find` knows them by their `names`.
 
         Raises QueueFull, EngineDead, or InvalidRequest for more than can ever fit.
         """
@@ -85,6 +100,7 @@ class EngineClient:
         for request in requests:
             self._in_flight[request.request_id] = outputs
             self._channel.send(request)
+        self._names.update(zip((request.request_id for request in requests), names, strict=False))
         self._idle.clear()
         return outputs
 
@@ -93,6 +109,18 @@ class EngineClient:
         if request_id in self._in_flight:
             self._forget(request_id)
             self._channel.send(Abort(request_id))
+
+    def find(self, is_wanted: Callable[[str], bool]) -> list[str]:
+        """The requests in flight whose name is wanted."""
+        return [request_id for request_id, name in self._names.items() if is_wanted(name)]
+
+    def end(self, request_ids: Iterable[str]) -> None:
+        """End requests that are in flight with what they have, as if their time were over. Others are ignored."""
+        for request_id in request_ids:
+            outputs = self._in_flight.get(request_id)
+            if outputs is not None:
+                self.abort(request_id)
+                outputs.end(request_id)
 
     def refuse(self, failure: EngineDead) -> None:
         """Admit no more requests; those in flight go on."""
@@ -111,10 +139,11 @@ class EngineClient:
 
     def _deliver(self, report: StepReport) -> None:
         self.stats = report.stats
+        self.observe(report.stats)
         for output in report.outputs:
             self._route(output.request_id, output, ends=output.finish_reason is not None)
         for failed in report.failed:
-            error: TandemError = getattr(errors, failed.error)(failed.message)
+            error: TandemError = getattr(errors, failed.error)(failed.message, failed.param)
             self._route(failed.request_id, error, ends=True)
 
     def _route(self, request_id: str, item: TokenOutput | TandemError, ends: bool) -> None:
@@ -126,6 +155,7 @@ class EngineClient:
 
     def _forget(self, request_id: str) -> None:
         del self._in_flight[request_id]
+        self._names.pop(request_id, None)
         if not self._in_flight:
             self._idle.set()
 
@@ -137,10 +167,18 @@ class Outputs:
         self._client = client
         self._open = set(request_ids)
         self._items: asyncio.Queue[TokenOutput | TandemError] = asyncio.Queue()
+        self._last: dict[str, TokenOutput] = {}
 
     def put(self, item: TokenOutput | TandemError) -> None:
         """Add an output, or the error that ends them all."""
         self._items.put_nowait(item)
+        if isinstance(item, TokenOutput):
+            self._last[item.request_id] = item
+
+    def end(self, request_id: str) -> None:
+        """Add an output that ends one of the requests where it is."""
+        last = self._last.get(request_id, TokenOutput(request_id, []))
+        self.put(replace(last, token_ids=[], logprobs=[], prompt_logprobs=[], finish_reason=FINISH_ABORT))
 
     def abort(self, request_id: str) -> None:
         """End one of the requests early."""

@@ -6,12 +6,13 @@ it. Knows neither JSON shapes nor HTTP.
 
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.api.engine_client import EngineClient
 from server.api.metrics import Metrics, RequestClock
 from server.api.sampling import choice_sampling
 from server.api.terms import Terms
+from server.errors import InvalidRequest
 from server.messages import (
     FINISH_ABORT,
     FINISH_STOP,
@@ -26,7 +27,14 @@ from server.tokenizer import Detokenizer, Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a request asks for: `n` choices for each prompt, on which terms, and how to send them."""
+    """What a request asks for: `n` choices for each prompt, on which terms, and how to send them.
+
+    Of the choices of a prompt the `num_kept` with the highest log-probability per token are told, None: all. With
+    `return_token_ids` the answer has the ids of prompts and outputs, with `return_spec` where each token came from.
+    `tokens_as_ids` spells tokens as ids where they stand beside log-probabilities. `num_prompt_logprobs` alternatives
+    are told for each prompt token, None: nothing. `request_id` is the client's own name for the request, and
+    `prompt_names` are those for its prompts, where each has one.
+    """
 
     prompts: list[list[int]]
     sampling: SamplingParams
@@ -35,11 +43,29 @@ class Job:
     stream: bool
     include_usage: bool = False
     continuous_usage: bool = False
+    num_kept: int | None = None
+    return_token_ids: bool = False
+    return_spec: bool = False
+    tokens_as_ids: bool = False
+    num_prompt_logprobs: int | None = None
+    request_id: str = ""
+    prompt_names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Of a step, or of several: drafts `proposed` and `accepted`, and one letter per token for where it came from, p:
+    prefill, d: an accepted draft, t: the target's own."""
+
+    accepted: int = 0
+    proposed: int = 0
+    origins: str = ""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to a choice. `finish_reason` ends it; `stop_reason` is the stop string or token id."""
+    """What one step added to a choice. `finish_reason` ends it; `stop_reason` is the stop string or token id. The first
+    one has the prompt's log-probabilities, from its second token on, if they were asked for."""
 
     index: int
     text: str
@@ -47,6 +73,8 @@ class Delta:
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
     stop_reason: str | int | None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    spec: StepSpec = StepSpec()
 
 
 class Choice:
@@ -54,11 +82,13 @@ class Choice:
 
     def __init__(self, index: int, detokenizer: Detokenizer, clock: RequestClock):
         self._detokenizer = detokenizer
-        self._clock = clock
+        self.clock = clock
         self.index = index
         self.num_accepted = 0
         self.num_proposed = 0
         self.num_cached = 0
+        self.num_steps = 0
+        self.drafted_steps: list[tuple[int, int]] = []  # drafts proposed and accepted, of steps that had any
         self.finish_reason: str | None = None
 
     @property
@@ -75,33 +105,48 @@ class Choice:
         matched = detokenizer.stop_match
         self.finish_reason = output.finish_reason if matched is None else FINISH_STOP
         num_new = self.num_tokens - num_before
-        self._count(output, num_new, was_cut=matched is not None)
-        self._clock.count_tokens(num_new)
+        spec = self._count(output, num_new, was_cut=matched is not None)
+        self.clock.count_tokens(num_new, output.queue_seconds)
         if self.finish_reason is not None:
-            self._clock.end(self.finish_reason)
+            self.clock.end(self.finish_reason)
         stop_reason = output.stop_token_id if matched is None else matched
         return Delta(
-            self.index, text, output.token_ids[:num_new], output.logprobs[:num_new], self.finish_reason, stop_reason
+            self.index,
+            text,
+            output.token_ids[:num_new],
+            output.logprobs[:num_new],
+            self.finish_reason,
+            stop_reason,
+            output.prompt_logprobs,
+            spec,
         )
 
-    def _count(self, output: TokenOutput, num_new: int, was_cut: bool) -> None:
+    def _count(self, output: TokenOutput, num_new: int, was_cut: bool) -> StepSpec:
         num_accepted, num_proposed = output.num_accepted, output.num_proposed
         if was_cut:
             num_accepted = count_kept_drafts(self.num_accepted, num_accepted, num_new)
             num_proposed = count_kept_drafts(self.num_proposed, num_proposed, num_new)
+        accepted, proposed = num_accepted - self.num_accepted, num_proposed - self.num_proposed
+        is_verify = output.num_steps > self.num_steps
+        origins = "d" * accepted + "t" * (num_new - accepted) if is_verify else "p" * num_new
         self.num_accepted, self.num_proposed, self.num_cached = num_accepted, num_proposed, output.num_cached
+        self.num_steps = output.num_steps
+        if proposed:
+            self.drafted_steps.append((proposed, accepted))
+        return StepSpec(accepted, proposed, origins)
 
     def close(self) -> None:
         """The request is over; a choice without a finish reason was aborted."""
         if self.finish_reason is None:
-            self._clock.end(FINISH_ABORT)
+            self.clock.end(FINISH_ABORT)
 
 
 class Generation:
-    """All choices of one HTTP request."""
+    """All choices of one HTTP request, which is called `name` when it is to be aborted."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, client: EngineClient, metrics: Metrics):
-        self._job = job
+    def __init__(self, job: Job, tokenizer: Tokenizer, client: EngineClient, metrics: Metrics, name: str = ""):
+        self.job = job
+        self.name = name
         self._client = client
         self._prefix = uuid.uuid4().hex
         detokenizers = (Detokenizer(tokenizer, job.sampling) for _ in range(len(job.prompts) * job.n))
@@ -116,10 +161,12 @@ class Generation:
         Raises what `EngineClient.submit` raises, and the error of a choice that the engine refuses, that it does not
         come to in time or that fails: one choice takes the others along.
         """
-        with self._client.submit(self._requests()) as outputs:
+        with self._client.submit(self._requests(), self._names()) as outputs:
             try:
                 async for output in outputs:
                     choice = self.choices[int(output.request_id.rpartition("-")[2])]
+                    if output.finish_reason == FINISH_ABORT and self._lacks_scores(choice):
+                        raise InvalidRequest("the request was aborted before its prompt was scored")
                     delta = choice.take(output)
                     if delta.finish_reason is not None and output.finish_reason is None:
                         outputs.abort(output.request_id)
@@ -128,9 +175,17 @@ class Generation:
                 for choice in self.choices:
                     choice.close()
 
+    def end(self) -> None:
+        """End what still runs; the deltas say so."""
+        self._client.end(self._id(choice.index) for choice in self.choices)
+
+    def _lacks_scores(self, choice: Choice) -> bool:
+        """Whether the scores of the prompt, which come with the first token, were asked for and have not come."""
+        return self.job.sampling.prompt_logprobs is not None and choice.num_tokens == 0
+
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object so far: each prompt counts once, the choices add up."""
-        num_prompt = sum(map(len, self._job.prompts))
+        num_prompt = sum(map(len, self.job.prompts))
         num_output = sum(choice.num_tokens for choice in self.choices)
         num_accepted = sum(choice.num_accepted for choice in self.choices)
         num_proposed = sum(choice.num_proposed for choice in self.choices)
@@ -147,21 +202,29 @@ class Generation:
 
     def _count_cached(self) -> int:
         """Reused tokens of the prompts, each as its first choice found it: the others find what that one computed."""
-        firsts = self.choices[:: self._job.n]
-        return sum(min(c.num_cached, len(prompt)) for c, prompt in zip(firsts, self._job.prompts, strict=True))
+        firsts = self.choices[:: self.job.n]
+        return sum(min(c.num_cached, len(prompt)) for c, prompt in zip(firsts, self.job.prompts, strict=True))
+
+    def _id(self, index: int) -> str:
+        return f"{self._prefix}-{index}"
 
     def _requests(self) -> list[Generate]:
-        terms = self._job.terms
-        samplings = [choice_sampling(self._job.sampling, index) for index in range(self._job.n)]
+        terms = self.job.terms
+        samplings = [choice_sampling(self.job.sampling, index) for index in range(self.job.n)]
         return [
             Generate(
-                f"{self._prefix}-{p * self._job.n + i}",
+                self._id(p * self.job.n + i),
                 prompt,
                 sampling,
                 priority=terms.priority,
                 timeout=terms.timeout,
                 cache_salt=terms.cache_salt,
             )
-            for p, prompt in enumerate(self._job.prompts)
+            for p, prompt in enumerate(self.job.prompts)
             for i, sampling in enumerate(samplings)
         ]
+
+    def _names(self) -> list[str]:
+        """A name for each of the requests."""
+        names = self.job.prompt_names or [self.name] * len(self.job.prompts)
+        return [name for name in names for _ in range(self.job.n)]

@@ -1,4 +1,4 @@
-"""Log-probabilities as the two endpoints write them. JSON has no infinity, so -inf is sent as -9999."""
+"""Log-probabilities as the endpoints write them. JSON has no infinity, so -inf is sent as -9999."""
 
 import codecs
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from server.tokenizer import Tokenizer
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, delta: Delta, num_top: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, delta: Delta, num_top: int, tokens_as_ids: bool = False) -> dict[str, Any]:
     """The chat form: {"content": [{token, logprob, bytes, top_logprobs}]}, exactly `num_top` alternatives each."""
     return {
         "content": [
             {
-                **_chat_token(tokenizer, token_id, entry.logprob),
+                **_chat_token(tokenizer, token_id, entry.logprob, tokens_as_ids),
                 "top_logprobs": [
-                    _chat_token(tokenizer, top_id, logprob)
+                    _chat_token(tokenizer, top_id, logprob, tokens_as_ids)
                     for top_id, logprob in list(zip(entry.top_ids, entry.top_logprobs, strict=True))[:num_top]
                 ],
             }
@@ -27,23 +27,68 @@ def chat_logprobs(tokenizer: Tokenizer, delta: Delta, num_top: int) -> dict[str,
     }
 
 
-class CompletionLogprobs:
-    """The completions form for one choice: parallel lists, and where in the text each token starts."""
+def prompt_logprobs(
+    tokenizer: Tokenizer, prompt: Sequence[int], scores: Sequence[TokenLogprobs], num_top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's form for a prompt: null for its first token, then for each a mapping of ids to {logprob, rank,
+    decoded_token}: the token's own, and the `num_top` best."""
+    entries: list[dict[str, dict[str, Any]] | None] = [None]
+    for token_id, score in zip(prompt[1:], scores, strict=True):
+        best = list(zip(score.top_ids, score.top_logprobs, strict=True))[:num_top]
+        ranked = [(token_id, score.logprob, score.rank)]
+        ranked += [(top_id, logprob, rank) for rank, (top_id, logprob) in enumerate(best, 1) if top_id != token_id]
+        entries.append(
+            {
+                str(each): {"logprob": finite(logprob), "rank": rank, "decoded_token": _text(tokenizer, each)}
+                for each, logprob, rank in ranked
+            }
+        )
+    return entries
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+
+class CompletionLogprobs:
+    """The completions form for one choice: parallel lists, and where in the text each token starts.
+
+    `num_top` alternatives per token. `prompt_text` stands before the choice's own text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        num_top: int,
+        prompt_text: str = "",
+        tokens_as_ids: bool = False,
+    ):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._num_top = num_top
+        self._tokens_as_ids = tokens_as_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._offset = 0
+        self._offset = len(prompt_text)
 
     def render(self, delta: Delta) -> dict[str, Any]:
         """{tokens, token_logprobs, top_logprobs, text_offset} of one delta; offsets count characters of the choice."""
         entries = list(zip(delta.token_ids, delta.logprobs, strict=True))
         return {
-            "tokens": [completion_token(self._tokenizer, token_id) for token_id, _ in entries],
+            "tokens": [self._name(token_id) for token_id, _ in entries],
             "token_logprobs": [finite(entry.logprob) for _, entry in entries],
             "top_logprobs": [self._top(token_id, entry) for token_id, entry in entries],
             "text_offset": [self._next_offset(token_id) for token_id in delta.token_ids],
+        }
+
+    def render_prompt(self, prompt: Sequence[int], scores: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The same of the prompt, which is shown with its special tokens; nothing can be said of its first token."""
+        entries = list(zip(prompt[1:], scores, strict=True))
+        utf8, offsets, offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), [], 0
+        for token_id in prompt:
+            offsets.append(offset)
+            offset += len(utf8.decode(self._tokenizer.token_bytes(token_id)))
+        return {
+            "tokens": [self._name(token_id) for token_id in prompt],
+            "token_logprobs": [None, *(finite(entry.logprob) for _, entry in entries)],
+            "top_logprobs": [None, *(self._top(token_id, entry) for token_id, entry in entries)],
+            "text_offset": offsets,
         }
 
     def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
@@ -51,10 +96,13 @@ class CompletionLogprobs:
 
         Two ids may have the same text; the sampled one's value is the one that counts then.
         """
-        sampled = {completion_token(self._tokenizer, token_id): finite(entry.logprob)}
-        entries = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        best = {completion_token(self._tokenizer, i): finite(logprob) for i, logprob in entries}
+        sampled = {self._name(token_id): finite(entry.logprob)}
+        entries = list(zip(entry.top_ids, entry.top_logprobs, strict=True))[: self._num_top]
+        best = {self._name(top_id): finite(logprob) for top_id, logprob in entries}
         return sampled | best | sampled
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._tokens_as_ids else completion_token(self._tokenizer, token_id)
 
     def _next_offset(self, token_id: int) -> int:
         start = self._offset
@@ -88,6 +136,10 @@ def finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
 
-def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token_id)
-    return {"token": data.decode("utf-8", errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
+def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float, as_id: bool) -> dict[str, Any]:
+    token = f"token_id:{token_id}" if as_id else _text(tokenizer, token_id)
+    return {"token": token, "logprob": finite(logprob), "bytes": list(tokenizer.token_bytes(token_id))}
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> str:
+    return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams
+from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStats, Ready, SamplingParams
 
 OWN_PREFIX = "tandem:"
 ALIAS_PREFIX = "vllm:"
@@ -44,15 +44,20 @@ _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
 _REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 480.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20, 50, 100)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Metrics:
-    """All metrics of one server. `read_stats` gives the engine's last word."""
+    """All metrics of one server. `read_stats` gives the engine's last word, `ready` its first."""
 
-    def __init__(self, model_name: str, read_stats: Callable[[], EngineStats]):
+    def __init__(self, model_name: str, read_stats: Callable[[], EngineStats], ready: Ready | None = None):
         self._own = CollectorRegistry()
         self._labels = (model_name, "0")
+        self._last = EngineStats()
         self._own.register(_EngineCollector(read_stats, self._labels))
+        if ready is not None:
+            self._own.register(_CacheInfoCollector(ready, self._labels))
         ProcessCollector(registry=self._own)
         self._exposed = CollectorRegistry()
         self._exposed.register(_AliasCollector(self._own))
@@ -77,8 +82,24 @@ class Metrics:
         )
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_SECONDS)
         self.decode_time = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST_SECONDS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Wait for a row.", _REQUEST_SECONDS)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "Row to first token.", _REQUEST_SECONDS)
+        self.inference_time = self._histogram("request_inference_time_seconds", "Row to last token.", _REQUEST_SECONDS)
         self.prompt_len = self._histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
         self.output_len = self._histogram("request_generation_tokens", "Output tokens per request.", _TOKENS)
+        self.step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens per engine step: computed of prompts, and put out.", _STEP_TOKENS
+        )
+        self._http_requests = Counter(
+            "http_requests", "HTTP requests.", ("method", "status", "handler"), registry=self._own
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "First byte of the request to last byte of the answer.",
+            ("method", "handler"),
+            registry=self._own,
+            buckets=_REQUEST_SECONDS,
+        )
         self.params_n = self._histogram("request_params_n", "The n of requests.", _CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
 
@@ -88,6 +109,20 @@ class Metrics:
         if sampling.max_tokens is not None:
             self.params_max_tokens.observe(sampling.max_tokens)
         return RequestClock(self, prompt_len)
+
+    def observe_step(self, stats: EngineStats) -> None:
+        """What the engine says after each of its steps."""
+        last, self._last = self._last, stats
+        if stats.num_steps > last.num_steps:
+            num_reused = stats.num_cached_tokens - last.num_cached_tokens
+            num_computed = stats.num_prompt_tokens - last.num_prompt_tokens - num_reused
+            self.step_tokens.observe(max(0, num_computed) + stats.num_output_tokens - last.num_output_tokens)
+
+    def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        """One HTTP request has been answered; clients may call a method what they like."""
+        method = method if method in _HTTP_METHODS else "other"
+        self._http_requests.labels(method, f"{status // 100}xx", route).inc()
+        self._http_seconds.labels(method, route).observe(seconds)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -102,28 +137,39 @@ class Metrics:
 
 
 class RequestClock:
-    """Times one request and counts its tokens."""
+    """Times one request and counts its tokens. Times are in seconds; None before the first token."""
 
     def __init__(self, metrics: Metrics, prompt_len: int):
         self._metrics = metrics
         self._prompt_len = prompt_len
-        self._num_tokens = 0
         self._arrived_at = time.perf_counter()
         self._first_at = self._last_at = self._arrived_at
+        self.num_tokens = 0
+        self.queue_seconds: float | None = None
 
-    def count_tokens(self, num_tokens: int) -> None:
-        """One output arrived with `num_tokens` tokens for the client."""
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Arrival to first token."""
+        return self._first_at - self._arrived_at if self.num_tokens else None
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """First to last token."""
+        return self._last_at - self._first_at if self.num_tokens else None
+
+    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0) -> None:
+        """One output arrived with `num_tokens` tokens for the client; its request had waited `queue_seconds`."""
         if not num_tokens:
             return
         now, metrics = time.perf_counter(), self._metrics
-        if self._num_tokens == 0:
-            self._first_at = now
+        if self.num_tokens == 0:
+            self._first_at, self.queue_seconds = now, queue_seconds
             metrics.ttft.observe(now - self._arrived_at)
             metrics.prompt_tokens.inc(self._prompt_len)
         else:
             metrics.itl.observe(now - self._last_at)
         self._last_at = now
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
 
     def end(self, finish_reason: str) -> None:
@@ -133,12 +179,19 @@ class RequestClock:
         if finish_reason == FINISH_ABORT:
             metrics.aborted.inc()
             return
-        metrics.e2e.observe(self._last_at - self._arrived_at)
-        metrics.decode_time.observe(self._last_at - self._first_at)
+        if self.num_tokens == 0:  # only its prompt was of interest
+            self._first_at = self._last_at = time.perf_counter()
+            metrics.prompt_tokens.inc(self._prompt_len)
+        total, decode, queue = self._last_at - self._arrived_at, self.decode_seconds or 0.0, self.queue_seconds or 0.0
+        metrics.e2e.observe(total)
+        metrics.decode_time.observe(decode)
+        metrics.queue_time.observe(queue)
+        metrics.prefill_time.observe(max(0.0, total - decode - queue))
+        metrics.inference_time.observe(max(0.0, total - queue))
         metrics.prompt_len.observe(self._prompt_len)
-        metrics.output_len.observe(self._num_tokens)
-        if self._num_tokens > 1:
-            metrics.tpot.observe((self._last_at - self._first_at) / (self._num_tokens - 1))
+        metrics.output_len.observe(self.num_tokens)
+        if self.num_tokens > 1:
+            metrics.tpot.observe(decode / (self.num_tokens - 1))
 
 
 class _EngineCollector(Collector):
@@ -221,6 +274,22 @@ class _EngineCollector(Collector):
 
     def _per_index(self, name: str, help: str, label: str, values: Sequence[float]) -> Metric:
         return self._counters(name, help, label, {str(index): value for index, value in enumerate(values)})
+
+
+class _CacheInfoCollector(Collector):
+    """The sizes of the KV cache, as labels of a 1."""
+
+    def __init__(self, ready: Ready, labels: tuple[str, str]):
+        names = ("block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
+        values = (str(ready.page_size), str(ready.num_pages), ready.dtype, str(ready.num_checkpoints > 0))
+        self._family = GaugeMetricFamily(
+            OWN_PREFIX + "cache_config_info", "Sizes of the KV cache.", labels=(*_LABELS, *names)
+        )
+        self._family.add_metric((*labels, *values), 1)
+
+    def collect(self) -> Iterable[Metric]:
+        """The one family."""
+        yield self._family
 
 
 class _AliasCollector(Collector):

@@ -1,72 +1,174 @@
-"""Prompts: chat messages or raw text or ids -> token ids that fit the context.
+"""Prompts: a conversation or raw text or ids -> token ids that fit the context.
 
 Runs in the thread pool, since rendering and tokenising a long prompt takes longer than a decode step. Every mistake is
 an InvalidRequest. Knows neither sampling nor HTTP.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
 
-from server.api.fields import Fields, decode_json, known_fields, shown, shown_json, split_list
+from server.api.chat_messages import read_messages, read_text
+from server.api.fields import Fields, decode_json, shown_json, split_list
+from server.api.thinking import read_thinking
+from server.api.truncation import TRUNCATION_FIELDS, Truncation, read_truncation
 from server.errors import InvalidRequest
 from server.tokenizer import Tokenizer
 
-PROMPT_FIELDS = ("messages", "add_generation_prompt", "chat_template_kwargs", "prompt")
+PROMPT_FIELDS = (
+    *("prompt", "add_special_tokens", *TRUNCATION_FIELDS),
+    *("messages", "add_generation_prompt", "continue_final_message"),
+    *("chat_template", "chat_template_kwargs", "documents"),
+)
 MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
+MAX_DOCUMENTS = 1024
 # Unicode normalisation makes one character of at most four (U+1F82 and its like).
 _MOST_COMPOSED = 4
-# What a chat template may read of a message besides its role and content.
-_EXTRAS = ("name", "tool_calls", "tool_call_id")
-_MESSAGE = known_fields("role", "content", "reasoning_content", *_EXTRAS)
-_PART = known_fields("type", "text")
+_THINK, _END_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the model reads it. `is_thinking`: it ends inside the reasoning, so the output begins there.
+    `last_content` is that of an assistant's message which the output goes on with."""
+
+    token_ids: list[int]
+    is_thinking: bool
+    last_content: str
 
 
 class PromptReader:
-    """Reads the prompts of requests for one tokenizer and one context limit (tokens)."""
+    """Reads the prompts of requests for one tokenizer and one context limit (tokens). `template_defaults` are variables
+    for the chat template that a request may set otherwise; it may bring a template only if `trusts_templates`: one can
+    take all of a processor's time."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        vocab_size: int,
+        template_defaults: Mapping[str, Any] = MappingProxyType({}),
+        trusts_templates: bool = False,
+    ):
         self._tokenizer = tokenizer
+        self._template_defaults = template_defaults
+        self._trusts_templates = trusts_templates
         self._max_model_len = max_model_len
         # In range by the decoder already, which would take its time over integers of thousands of digits.
         self._ids_type: type[list[int]] = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
         self._ids_rule = f"a list of token ids in 0..{vocab_size - 1}"
 
-    def read_messages(self, fields: Fields) -> list[int]:
-        """Token ids of a chat request's `messages`, with `chat_template_kwargs` and `add_generation_prompt`."""
-        entries = split_list("messages", fields.raw("messages"), MAX_MESSAGES)
-        if not entries:
-            raise InvalidRequest("messages is [], it must be a list of at least one entry", "messages")
-        messages = [_read_message(f"messages[{i}]", entry) for i, entry in enumerate(entries)]
-        add_generation_prompt = fields.boolean("add_generation_prompt", True)
-        variables = fields.mapping("chat_template_kwargs")
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt, variables)
-        return self._encode([text], "messages", add_special_tokens=False)[0]
+    def without_limit(self) -> "PromptReader":
+        """One that reads prompts of any length, to count them."""
+        reader = copy(self)
+        reader._max_model_len = sys.maxsize
+        return reader
 
-    def read_prompts(self, fields: Fields) -> list[list[int]]:
-        """Token ids of every prompt of a completions request: a text, ids, or a list of either."""
-        raw = fields.raw("prompt")
+    def read_chat(self, fields: Fields, tools: Sequence[Mapping[str, Any]] | None = None) -> ChatPrompt:
+        """The prompt of a chat request, which offers `tools` to the model."""
+        messages, variables, template = read_messages(fields), self._read_variables(fields), self._read_template(fields)
+        add_special_tokens = fields.boolean("add_special_tokens", False)
+        truncation = read_truncation(fields, self._max_model_len)
+        continues = fields.boolean("continue_final_message", False)
+        opens_turn = fields.boolean("add_generation_prompt", not continues)
+        if continues and opens_turn:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt are both true; the last message goes on or a new one "
+                "begins",
+                "continue_final_message",
+            )
+        last = "" if opens_turn or messages[-1]["role"] != "assistant" else messages[-1]["content"]
+        text, is_thinking = self._render(messages, variables, tools, continues, opens_turn, template)
+        return ChatPrompt(self._encode([text], "messages", add_special_tokens, truncation)[0], is_thinking, last)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        name: str = "messages",
+        continues: bool = False,
+    ) -> ChatPrompt:
+        """The prompt of a conversation that is no chat request's, in the form that `read_messages` gives. It came as
+        the field `name`. Its last message goes on if it `continues`."""
+        variables = {**self._template_defaults, **variables}
+        try:
+            text, is_thinking = self._render(messages, variables, tools, continues)
+        except InvalidRequest as error:
+            error.param = name if error.param == "messages" else error.param
+            raise
+        return ChatPrompt(self._encode([text], name, False, None)[0], is_thinking, "")
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+        continues: bool,
+        opens_turn: bool = True,
+        template: str | None = None,
+    ) -> tuple[str, bool]:
+        """(the prompt, whether it ends inside the reasoning)."""
+        if continues:
+            text, last = self._tokenizer.continue_final_message(messages, variables, tools, template), messages[-1]
+            is_open = last["content"].lstrip().startswith(_THINK) and _END_THINK not in last["content"]
+            return text, is_open and last["role"] == "assistant"
+        text = self._tokenizer.apply_chat_template(messages, opens_turn, variables, tools, template)
+        return text, text.rstrip().endswith(_THINK)
+
+    def read_prompts(self, fields: Fields, name: str = "prompt") -> list[list[int]]:
+        """Token ids of every prompt of the field `name`: a text, ids, or a list of either."""
+        raw, truncation = fields.raw(name), read_truncation(fields, self._max_model_len)
+        add_special_tokens = fields.boolean("add_special_tokens", True)
         if raw[:1] == b'"':
-            return self._encode([_read_text("prompt", raw)], "prompt", add_special_tokens=True)
+            return self._encode([read_text(name, raw)], name, add_special_tokens, truncation)
         first = raw[1:].lstrip()[:1] if raw[:1] == b"[" else b""
         if first == b"-" or first.isdigit():
-            return [self._read_ids("prompt", raw)]
+            return [self._read_ids(name, raw, truncation)]
         if first == b'"':
-            entries = split_list("prompt", raw, MAX_PROMPTS)
-            texts = [_read_text(f"prompt[{i}]", entry) for i, entry in enumerate(entries)]
-            return self._encode(texts, "prompt", add_special_tokens=True)
+            entries = split_list(name, raw, MAX_PROMPTS)
+            texts = [read_text(f"{name}[{i}]", entry) for i, entry in enumerate(entries)]
+            return self._encode(texts, name, add_special_tokens, truncation)
         if first == b"[":
-            entries = split_list("prompt", raw, MAX_PROMPTS)
-            return [self._read_ids(f"prompt[{i}]", entry) for i, entry in enumerate(entries)]
-        raise InvalidRequest(f"prompt is {shown_json(raw)}, it must be a text, token ids or a list of them", "prompt")
+            entries = split_list(name, raw, MAX_PROMPTS)
+            return [self._read_ids(f"{name}[{i}]", entry, truncation) for i, entry in enumerate(entries)]
+        raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be a text, token ids or a list of them", name)
 
-    def _encode(self, texts: Sequence[str], name: str, add_special_tokens: bool) -> list[list[int]]:
-        for text in texts:
+    def _read_variables(self, fields: Fields) -> dict[str, Any]:
+        """What the request sets for the chat template: `chat_template_kwargs`, and fields that stand for some of it."""
+        thinking = read_thinking(fields)
+        by_fields = {} if thinking is None else {"enable_thinking": thinking}
+        variables = {**self._template_defaults, **by_fields, **fields.mapping("chat_template_kwargs")}
+        if fields.has("documents"):
+            documents = fields.items("documents", MAX_DOCUMENTS)
+            if not all(isinstance(document, dict) for document in documents):
+                raise InvalidRequest("documents has an entry that is not an object", "documents")
+            variables["documents"] = documents
+        return variables
+
+    def _read_template(self, fields: Fields) -> str | None:
+        if not fields.has("chat_template"):
+            return None
+        if not self._trusts_templates:
+            raise InvalidRequest(
+                "chat_template is not taken from requests by this server (--trust-request-chat-template); leave it out",
+                "chat_template",
+            )
+        return fields.text("chat_template", "")
+
+    def _encode(
+        self, texts: Sequence[str], name: str, add_special_tokens: bool, truncation: Truncation | None
+    ) -> list[list[int]]:
+        for text in texts if truncation is None else ():
             self._check_size(name, text)
         prompts = self._tokenizer.encode_batch(texts, add_special_tokens)
+        if truncation is not None:
+            prompts = [truncation.cut(token_ids) for token_ids in prompts]
         for token_ids in prompts:
             self._check_length(name, token_ids)
         return prompts
@@ -78,12 +180,17 @@ class PromptReader:
         if min_tokens >= self._max_model_len:
             raise self._overflow(name, f"{len(text)} characters, which are at least {min_tokens} tokens")
 
-    def _read_ids(self, name: str, raw: bytes) -> list[int]:
-        num_ids = raw.count(b",") + 1
-        if num_ids >= self._max_model_len:
-            raise self._overflow("prompt", f"{num_ids} tokens")
-        ids = decode_json(name, raw, self._ids_type, self._ids_rule)
-        self._check_length("prompt", ids)
+    def read_ids(self, name: str, raw: bytes) -> list[int]:
+        """Token ids of the field `name`, as many as there are."""
+        return decode_json(name, raw or b"null", self._ids_type, self._ids_rule)
+
+    def _read_ids(self, name: str, raw: bytes, truncation: Truncation | None) -> list[int]:
+        num_ids, field = raw.count(b",") + 1, name.partition("[")[0]
+        if num_ids >= self._max_model_len and truncation is None:
+            raise self._overflow(field, f"{num_ids} tokens")
+        ids = self.read_ids(name, raw)
+        ids = ids if truncation is None else truncation.cut(ids)
+        self._check_length(field, ids)
         return ids
 
     def _check_length(self, name: str, token_ids: Sequence[int]) -> None:
@@ -99,38 +206,3 @@ class PromptReader:
             "and at least one is needed for the output (--max-model-len)",
             name,
         )
-
-
-def _read_message(name: str, raw: bytes) -> dict[str, Any]:
-    fields = Fields(_MESSAGE, raw, name)
-    role = _read_text(f"{name}.role", fields.raw("role"))
-    message = {extra: fields.value(extra) for extra in _EXTRAS if fields.has(extra)}
-    if fields.has("reasoning_content"):
-        message["reasoning_content"] = _read_text(f"{name}.reasoning_content", fields.raw("reasoning_content"))
-    if role != "assistant" and not fields.has("content"):
-        raise InvalidRequest(f"{name}.content is null, only an assistant's may be", f"{name}.content")
-    content = _read_content(f"{name}.content", fields.raw("content"))
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
-
-
-def _read_content(name: str, raw: bytes) -> str:
-    """A text as it is, text parts joined, nothing (an assistant's turn of tool calls) as an empty text."""
-    if raw[:1] == b"[":
-        parts = split_list(name, raw, MAX_PARTS)
-        return "".join(_read_part(f"{name}[{i}]", part) for i, part in enumerate(parts))
-    return _read_text(name, raw, "a string or a list of text parts") if raw else ""
-
-
-def _read_part(name: str, raw: bytes) -> str:
-    fields = Fields(_PART, raw, name)
-    kind = fields.value("type")
-    if kind != "text":
-        raise InvalidRequest(f"{name}.type is {shown(kind)}, the supported type is 'text'", f"{name}.type")
-    return _read_text(f"{name}.text", fields.raw("text"))
-
-
-def _read_text(name: str, raw: bytes, rule: str = "a string") -> str:
-    """A string of any length."""
-    if raw[:1] != b'"':
-        raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be {rule}", name)
-    return decode_json(name, raw, str, rule)

@@ -1,68 +1,120 @@
-"""From a request's body to the answer, for both endpoints: read, generate, and send it whole or as events.
+"""From a request's body to the answer, for all endpoints that generate: read, generate, and send it whole or as events.
 
-An endpoint is two things: a reader that makes a `Job` of the fields, and a `Format` that writes the choices.
+An endpoint is two things: a reader that makes a `Job` of the body, and an `Answer` that is written from what is
+generated. OpenAI's two share their fields and, but for the `Format` of the choices, the answer.
 """
 
-import time
-import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any, Protocol
+import sys
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 
+from server.api.constraints import MASK_FIELDS
+from server.api.envelope import Envelope, Format
+from server.api.exchange import exchange_of
 from server.api.fields import Fields, known_fields, require_boolean, shown
-from server.api.generation import Choice, Delta, Generation, Job
+from server.api.generation import Generation, Job
 from server.api.prompts import PROMPT_FIELDS
 from server.api.sampling import SAMPLING_FIELDS
 from server.api.services import Services
 from server.api.terms import TERM_FIELDS
-from server.api.transport import ClientGone, EventStream, encode_event, read_body, run_until_disconnect
+from server.api.thinking import THINKING_FIELDS
+from server.api.tools import TOOL_FIELDS
+from server.api.transport import DONE, ClientGone, EventStream, run_until_disconnect
 from server.errors import InvalidRequest, NotFound
 
 # Known fields that change the answer and are not served: ignoring them would give a wrong answer silently.
-_UNSERVED = ("tools", "response_format", "structured_outputs", "echo", "suffix", "prompt_logprobs")
+_UNSERVED = ("functions", "function_call", "suffix", "use_beam_search")
 _HARMLESS: tuple[object, ...] = (False, "", [], {"type": "text"})
-_REQUEST = known_fields("model", "stream", "stream_options", *PROMPT_FIELDS, *SAMPLING_FIELDS, *TERM_FIELDS, *_UNSERVED)
+ANSWER_FIELDS = (
+    *("model", "stream", "stream_options", "request_id", "echo", "best_of"),
+    *("return_token_ids", "return_tokens_as_token_ids", "return_spec"),
+)
+_CHAT_FIELDS = (*TOOL_FIELDS, *THINKING_FIELDS)
+_DRAWING_FIELDS = (*SAMPLING_FIELDS, *MASK_FIELDS)
+_REQUEST = known_fields(*ANSWER_FIELDS, *PROMPT_FIELDS, *_CHAT_FIELDS, *_DRAWING_FIELDS, *TERM_FIELDS, *_UNSERVED)
+_MAX_ID_CHARS = 256
 _CLIENT_CLOSED = 499
 
+J = TypeVar("J", bound=Job)
 
-class Format(Protocol):
-    """How an endpoint writes its choices."""
 
-    id_prefix: str
-    object_name: str
-    chunk_object_name: str
+class Answer(Protocol):
+    """What is made of a generation: one of the two is called, once."""
 
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """The `choices` entries that stream one delta; none when there is nothing to say."""
+    async def whole(self) -> Response:
+        """The answer in one piece."""
 
-    def choice(self, choice: Choice, deltas: list[Delta]) -> dict[str, Any]:
-        """The `choices` entry of a whole choice."""
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events, without what closes the stream."""
 
 
 async def respond(
-    request: Request, services: Services, read_job: Callable[[Fields], Job], make_format: Callable[[Job], Format]
+    request: Request, services: Services, read_job: Callable[[Fields], J], make_format: Callable[[J], Format]
 ) -> Response:
-    """Answer one request of an endpoint. Raises TandemError for what must be an HTTP error."""
+    """Answer one request of an endpoint of OpenAI's first two. Raises TandemError for what must be an HTTP error."""
+    return await generate(
+        request,
+        services,
+        lambda body: read_job(read_fields(body, services)),
+        lambda job, generation: Envelope(services, make_format(job), generation, job, generation.name),
+    )
+
+
+async def generate(
+    request: Request,
+    services: Services,
+    read_job: Callable[[bytes], J],
+    make_answer: Callable[[J, Generation], Answer],
+    closing: bytes = DONE,
+) -> Response:
+    """Answer one request of any endpoint, a stream closed with `closing`. Raises TandemError for what must be an HTTP
+    error."""
     try:
-        body = await read_body(request.receive, request.headers.get("content-type", ""))
-        services.client.check_room(1)
-        job = await services.read(lambda data: read_job(read_fields(data, services)), body)
-        generation = Generation(job, services.tokenizer, services.client, services.metrics)
-        envelope = _Envelope(services.model_name, make_format(job), generation, job)
+        async with services.bodies.hold(request.receive, request.headers.get("content-type", "")) as body:
+            services.client.check_room(1)
+            job = await services.read(read_job, body)
+        exchange = exchange_of(request.scope)
+        name = job.request_id or exchange.id
+        generation = Generation(job, services.tokenizer, services.client, services.metrics, name)
+        exchange.generation = generation
+        answer = make_answer(job, generation)
         if job.stream:
-            return EventStream(envelope.events())
-        return await run_until_disconnect(request.receive, envelope.whole())
+            return EventStream(answer.events(), services.config.keep_alive_interval, closing)
+        return await run_until_disconnect(request.receive, answer.whole())
     except ClientGone:
         return Response(status_code=_CLIENT_CLOSED)
 
 
-def read_stream(fields: Fields) -> dict[str, bool]:
-    """The fields of `Job` that say how to send the answer."""
+async def reply(
+    request: Request, services: Services, read: Callable[[bytes], Any], act: Callable[[Any], Any] | None = None
+) -> Response:
+    """Answer a request that generates nothing with what `read` says to its body, or what `act`, which no thread
+    disturbs, makes of that. Raises TandemError."""
+    try:
+        async with services.bodies.hold(request.receive, request.headers.get("content-type", "")) as body:
+            if act is None:
+                data = await services.read(lambda data: msgspec.json.encode(read(data)), body)
+            else:
+                data = msgspec.json.encode(act(await services.read(read, body)))
+        return Response(data, media_type="application/json")
+    except ClientGone:
+        return Response(status_code=_CLIENT_CLOSED)
+
+
+def read_stream(fields: Fields) -> dict[str, Any]:
+    """The fields of `Job` that say how to send the answer, and what it tells besides: `return_token_ids`,
+    `return_tokens_as_token_ids`, `return_spec` and `prompt_logprobs`, whose range is checked with the sampling fields.
+
+    `continuous_usage_stats` brings the usage with every chunk, unless `include_usage` is false.
+    """
     stream = fields.boolean("stream", False)
     options = fields.mapping("stream_options")
+    num_prompt_logprobs = fields.integer("prompt_logprobs", None)
+    if num_prompt_logprobs is not None and stream:
+        raise InvalidRequest("prompt_logprobs is given with stream; leave one of them out", "prompt_logprobs")
     if fields.has("stream_options") and not stream:
         raise InvalidRequest("stream_options is given without stream; set stream to true", "stream_options")
     flags = {
@@ -73,60 +125,40 @@ def read_stream(fields: Fields) -> dict[str, bool]:
     return {
         "stream": stream,
         "include_usage": flags.get("include_usage", False),
-        "continuous_usage": flags.get("continuous_usage_stats", False),
+        "continuous_usage": flags.get("continuous_usage_stats", False) and flags.get("include_usage", True),
+        "return_token_ids": fields.boolean("return_token_ids", False),
+        "return_spec": fields.boolean("return_spec", False),
+        "tokens_as_ids": fields.boolean("return_tokens_as_token_ids", False),
+        "num_prompt_logprobs": sys.maxsize if num_prompt_logprobs == -1 else num_prompt_logprobs,
+        "request_id": read_request_id(fields, "request_id"),
     }
+
+
+def read_request_id(fields: Fields, name: str) -> str:
+    """The client's own name for the request, from the field `name`; nothing if it has none."""
+    request_id = fields.text(name, "")
+    if len(request_id) > _MAX_ID_CHARS:
+        raise InvalidRequest(f"{name} has {len(request_id)} characters, the limit is {_MAX_ID_CHARS}", name)
+    return request_id
 
 
 def read_fields(body: bytes, services: Services) -> Fields:
     """The fields of a request for the served model. Raises NotFound for another model, InvalidRequest."""
     fields = Fields(_REQUEST, body)
-    model = fields.text("model", "")
-    if model not in ("", services.model_name):
-        raise NotFound(f"The model {shown(model)} does not exist; this server has {services.model_name!r}", "model")
-    for name in _UNSERVED:
-        if fields.has(name) and fields.value(name) not in _HARMLESS:
-            raise InvalidRequest(f"{name} is not served; leave it out", name)
+    check_model(fields, services)
+    refuse_unserved(fields, _UNSERVED)
     return fields
 
 
-class _Envelope:
-    """What surrounds the choices: id, object, created, model, usage."""
+def check_model(fields: Fields, services: Services) -> None:
+    """Raise NotFound if the request names another model."""
+    model = fields.text("model", "")
+    if model not in ("", *services.model_names):
+        raise NotFound(f"The model {shown(model)} does not exist; this server has {services.model_name!r}", "model")
 
-    def __init__(self, model_name: str, form: Format, generation: Generation, job: Job):
-        self._form = form
-        self._generation = generation
-        self._job = job
-        self._head = {
-            "id": form.id_prefix + uuid.uuid4().hex,
-            "created": int(time.time()),
-            "model": model_name,
-        }
 
-    async def whole(self) -> Response:
-        """The answer in one piece."""
-        parts: list[list[Delta]] = [[] for _ in self._generation.choices]
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                parts[delta.index].append(delta)
-        payload = {
-            **self._head,
-            "object": self._form.object_name,
-            "choices": [self._form.choice(choice, parts[choice.index]) for choice in self._generation.choices],
-            "usage": self._generation.usage(),
-        }
-        return Response(msgspec.json.encode(payload), media_type="application/json")
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, without the closing [DONE]."""
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                for chunk in self._form.chunks(delta):
-                    yield self._encode([chunk], self._generation.usage() if self._job.continuous_usage else None)
-        if self._job.include_usage or self._job.continuous_usage:
-            yield self._encode([], self._generation.usage())
-
-    def _encode(self, choices: list[dict[str, Any]], usage: dict[str, object] | None) -> bytes:
-        payload = {**self._head, "object": self._form.chunk_object_name, "choices": choices}
-        if self._job.include_usage or usage is not None:
-            payload["usage"] = usage
-        return encode_event(payload)
+def refuse_unserved(fields: Fields, names: Iterable[str]) -> None:
+    """Raise InvalidRequest if one of the fields `names` asks for anything."""
+    for name in names:
+        if fields.has(name) and fields.value(name) not in _HARMLESS:
+            raise InvalidRequest(f"{fields.name(name)} is not served; leave it out", fields.name(name))

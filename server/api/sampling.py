@@ -5,12 +5,16 @@ Turns `Fields` into `SamplingParams`; everything out of range is an InvalidReque
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from server.api.fields import INT64_MAX, INT64_MIN, Fields, known_fields, require_integer, require_number
-from server.errors import CheckpointError, InvalidRequest
+from server.config import NEUTRAL, OF_THE_CHECKPOINT
+from server.errors import CheckpointError, ConfigError, InvalidRequest
 from server.messages import MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
 
 SHAPE_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -30,10 +34,11 @@ SAMPLING_FIELDS = (
     "max_completion_tokens",
     "logprobs",
     "top_logprobs",
+    "prompt_logprobs",
+    "spaces_between_special_tokens",
     "n",
     "speculative",
 )
-MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1024
@@ -47,12 +52,14 @@ _SPECULATIVE = known_fields("enabled", "max_draft")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request must fit into: sizes from the engine's Ready, defaults from the checkpoint."""
+    """What a request must fit into: sizes from the engine's Ready, defaults from the checkpoint. At most `max_logprobs`
+    alternatives per token may be asked for."""
 
     max_model_len: int
     vocab_size: int
     mtp_step: int
     defaults: SamplingParams
+    max_logprobs: int = 20
 
 
 def read_generation_config(directory: str | Path) -> SamplingParams:
@@ -68,29 +75,50 @@ def read_generation_config(directory: str | Path) -> SamplingParams:
         raise CheckpointError(f"{path}: {error.message}") from error
 
 
+def read_defaults(directory: str | Path, source: str, overrides: Mapping[str, Any]) -> SamplingParams:
+    """The defaults of a server: from `directory`, the checkpoint, unless `source` names another one or none, with
+    `overrides` before them. Raises ConfigError."""
+    defaults = SamplingParams()
+    if source not in NEUTRAL:
+        defaults = read_generation_config(directory if source == OF_THE_CHECKPOINT else source)
+    unknown = sorted(set(overrides) - set(SHAPE_FIELDS))
+    if unknown:
+        known = ", ".join(SHAPE_FIELDS)
+        raise ConfigError(f"--override-generation-config has {unknown[0]}, the fields that have defaults are {known}")
+    try:
+        fields = Fields(known_fields(*SHAPE_FIELDS), msgspec.json.encode(overrides))
+        return _read_shape(fields, defaults, sys.maxsize)
+    except InvalidRequest as error:
+        raise ConfigError(f"--override-generation-config: {error.message}") from error
+
+
 def read_sampling(fields: Fields, limits: Limits) -> SamplingParams:
     """All sampling fields but max_tokens and logprobs, whose rules differ between the endpoints."""
     shape = _read_shape(fields, limits.defaults, limits.vocab_size)
+    fields.boolean("spaces_between_special_tokens", True)  # byte-level tokens bring their own spaces
     return replace(
         shape,
         seed=fields.integer("seed", None, INT64_MIN, INT64_MAX),
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
         logit_bias=_read_logit_bias(fields, limits.vocab_size),
-        stop=_read_stop(fields),
+        stop=read_stop(fields, "stop"),
         stop_token_ids=_read_stop_token_ids(fields, limits.vocab_size),
         include_stop_str_in_output=fields.boolean("include_stop_str_in_output", False),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         ignore_eos=fields.boolean("ignore_eos", False),
         min_tokens=fields.integer("min_tokens", 0, 0, limits.max_model_len) or 0,
+        prompt_logprobs=read_num_logprobs(fields, "prompt_logprobs", limits),
         max_draft=_read_max_draft(fields, limits.mtp_step),
     )
 
 
-def read_max_tokens(fields: Fields, names: tuple[str, ...], default: int | None, limits: Limits) -> int | None:
+def read_max_tokens(
+    fields: Fields, names: tuple[str, ...], default: int | None, limits: Limits, least: int = 1
+) -> int | None:
     """The first of the fields `names` that is given, else `default`; None is the rest of the context."""
     name = next((name for name in names if fields.has(name)), names[0])
-    max_tokens = fields.integer(name, default, 1, limits.max_model_len)
+    max_tokens = fields.integer(name, default, least, limits.max_model_len)
     min_tokens = fields.integer("min_tokens", 0) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens is {min_tokens}, the limit is max_tokens, {max_tokens}", "min_tokens")
@@ -98,9 +126,15 @@ def read_max_tokens(fields: Fields, names: tuple[str, ...], default: int | None,
 
 
 def read_num_logprobs(fields: Fields, name: str, limits: Limits) -> int | None:
-    """How many alternatives the field `name` asks for, at most the vocabulary; None when absent."""
-    num_top = fields.integer(name, None, 0, MAX_LOGPROBS)
-    return None if num_top is None else min(num_top, limits.vocab_size)
+    """How many alternatives the field `name` asks for, at most the vocabulary, and -1 is the whole of it; None when
+    absent."""
+    vocab_size, most = limits.vocab_size, limits.max_logprobs
+    if fields.value(name) != -1:
+        num_top = fields.integer(name, None, 0, most, "--max-logprobs")
+        return None if num_top is None else min(num_top, vocab_size)
+    if vocab_size > most:
+        raise InvalidRequest(f"{name} is -1, all {vocab_size} tokens; the limit is {most} (--max-logprobs)", name)
+    return vocab_size
 
 
 def choice_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
@@ -138,15 +172,16 @@ def _read_max_draft(fields: Fields, mtp_step: int) -> int | None:
     return max_draft if speculative.boolean("enabled", True) else 0
 
 
-def _read_stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.value("stop")
-    stop = [value] if isinstance(value, str) else fields.items("stop", MAX_STOP_STRINGS)
+def read_stop(fields: Fields, name: str) -> tuple[str, ...]:
+    """The stop strings of the field `name`: one, or a list of a few."""
+    value = fields.value(name)
+    stop = [value] if isinstance(value, str) else fields.items(name, MAX_STOP_STRINGS)
     for string in stop:
         if not isinstance(string, str):
-            raise InvalidRequest("stop has an entry that is not a string", "stop")
+            raise InvalidRequest(f"{name} has an entry that is not a string", name)
         if not 1 <= len(string) <= MAX_STOP_CHARS:
             raise InvalidRequest(
-                f"stop has a string of {len(string)} characters, the range is 1..{MAX_STOP_CHARS}", "stop"
+                f"{name} has a string of {len(string)} characters, the range is 1..{MAX_STOP_CHARS}", name
             )
     return tuple(stop)
 

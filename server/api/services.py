@@ -10,9 +10,12 @@ from server.api.engine_client import EngineClient
 from server.api.metrics import Metrics
 from server.api.prompts import PromptReader
 from server.api.sampling import Limits
+from server.api.transport import BodyReader
+from server.config import EngineConfig, ServerConfig
 from server.messages import SamplingParams
 from server.tokenizer import Tokenizer
 
+A = TypeVar("A")
 T = TypeVar("T")
 # A few threads, so that short requests do not queue behind a long prompt.
 _NUM_READERS = 4
@@ -20,9 +23,10 @@ _NUM_READERS = 4
 
 @dataclass(frozen=True)
 class Services:
-    """One served model: its names and limits, its tokenizer, the way to its engine."""
+    """One served model: its names (the first is the one in answers) and limits, its tokenizer, the way to its engine,
+    and the settings of both processes."""
 
-    model_name: str
+    model_names: tuple[str, ...]
     created: int
     tokenizer: Tokenizer
     client: EngineClient
@@ -30,19 +34,37 @@ class Services:
     prompts: PromptReader
     metrics: Metrics
     readers: ThreadPoolExecutor
+    bodies: BodyReader
+    config: ServerConfig
+    engine_config: EngineConfig
 
-    async def read(self, reader: Callable[[bytes], T], body: bytes) -> T:
+    @property
+    def model_name(self) -> str:
+        """The model's name in answers."""
+        return self.model_names[0]
+
+    async def read(self, reader: Callable[[A], T], body: A) -> T:
         """`reader(body)` in the thread pool, so that no stream waits for it."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, reader, body)
 
 
 def build_services(
-    model_name: str, created: int, tokenizer: Tokenizer, client: EngineClient, defaults: SamplingParams
+    model_name: str,
+    created: int,
+    tokenizer: Tokenizer,
+    client: EngineClient,
+    defaults: SamplingParams,
+    config: ServerConfig | None = None,
+    engine_config: EngineConfig | None = None,
 ) -> Services:
-    """The services for an engine that is ready; `created` is a Unix time in seconds."""
-    ready = client.ready
+    """The services for an engine that is ready; `created` is a Unix time in seconds. The model is served as
+    `model_name` unless the settings have names for it."""
+    ready, config = client.ready, config or ServerConfig()
+    names = config.served_model_name or (model_name,)
+    metrics = Metrics(names[0], lambda: client.stats, ready)
+    client.observe = metrics.observe_step
     return Services(
-        model_name=model_name,
+        model_names=names,
         created=created,
         tokenizer=tokenizer,
         client=client,
@@ -51,8 +73,18 @@ def build_services(
             vocab_size=ready.vocab_size,
             mtp_step=ready.mtp_step,
             defaults=defaults,
+            max_logprobs=ready.vocab_size if config.max_logprobs < 0 else config.max_logprobs,
         ),
-        prompts=PromptReader(tokenizer, ready.max_model_len, ready.vocab_size),
-        metrics=Metrics(model_name, lambda: client.stats),
+        prompts=PromptReader(
+            tokenizer,
+            ready.max_model_len,
+            ready.vocab_size,
+            config.default_chat_template_kwargs or {},
+            config.trust_request_chat_template,
+        ),
+        metrics=metrics,
         readers=ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="reader"),
+        bodies=BodyReader(config.client_timeout),
+        config=config,
+        engine_config=engine_config or EngineConfig(),
     )

@@ -28,7 +28,7 @@ def read_terms(fields: Fields) -> Terms:
     return Terms(
         priority=fields.integer("priority", 0, -_MAX_PRIORITY - 1, _MAX_PRIORITY) or 0,
         timeout=_read_timeout(fields),
-        cache_salt=_read_salt(fields),
+        cache_salt=read_salt(fields, "cache_salt"),
     )
 
 
@@ -42,12 +42,12 @@ def _read_timeout(fields: Fields) -> float | None:
     return seconds
 
 
-def _read_salt(fields: Fields) -> str:
-    """A salt that is there but empty is a client's mistake: it believes that it shares nothing."""
-    salt = fields.text("cache_salt", "")
-    if fields.has("cache_salt") and not 1 <= len(salt) <= MAX_SALT_CHARS:
+def read_salt(fields: Fields, name: str) -> str:
+    """With whom prefixes are shared, from the field `name`; "" is everybody. A salt that is there but empty is a
+    client's mistake: it believes that it shares nothing."""
+    salt = fields.text(name, "")
+    if fields.has(name) and not 1 <= len(salt) <= MAX_SALT_CHARS:
         raise InvalidRequest(
-            f"cache_salt has {len(salt)} characters, the range is 1..{MAX_SALT_CHARS}; leave it out to share prefixes",
-            "cache_salt",
+            f"{name} has {len(salt)} characters, the range is 1..{MAX_SALT_CHARS}; leave it out to share prefixes", name
         )
     return salt

@@ -5,21 +5,24 @@ nothing of what the bodies mean.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.error_bodies import error_body, error_response
-from server.errors import InvalidRequest, TandemError
+from server.api.error_bodies import error_event, error_response
+from server.errors import InvalidRequest, QueueFull, RequestTimeout, TandemError
 
 MAX_BODY_BYTES = 4 * 2**20
+# Bodies that have come in, whole or in part, and have not been read yet.
+MAX_HELD_BYTES = 64 * MAX_BODY_BYTES
 # A body over the limit is read on and thrown away up to here, so that the client sees the answer and not a reset.
 _MAX_DISCARDED_BYTES = 16 * MAX_BODY_BYTES
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
 _JSON_TYPES = ("", "application/json")
 
 T = TypeVar("T")
@@ -29,30 +32,68 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-async def read_body(receive: Receive, content_type: str) -> bytes:
-    """The whole request body. Raises InvalidRequest over 4 MiB or for another content type, ClientGone."""
-    chunks: list[bytes] = []
-    size, more = 0, True
-    while more and size <= _MAX_DISCARDED_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        size += len(chunk)
-        if size <= MAX_BODY_BYTES:
-            chunks.append(chunk)
-    if size > MAX_BODY_BYTES:
-        raise InvalidRequest(f"the body has {size} bytes or more, the limit is {MAX_BODY_BYTES}; send fewer prompts")
-    _check_content_type(content_type)
-    return b"".join(chunks)
+class BodyReader:
+    """Reads request bodies, each within `timeout` seconds. The `num_held` bytes that it holds of all are bounded."""
+
+    def __init__(self, timeout: float):
+        self._timeout = timeout
+        self.num_held = 0
+
+    @asynccontextmanager
+    async def hold(self, receive: Receive, content_type: str) -> AsyncGenerator[bytes, None]:
+        """The whole request body, for as long as it is needed.
+
+        Raises InvalidRequest over 4 MiB or for another content type, RequestTimeout, QueueFull, ClientGone.
+        """
+        chunks: list[bytes] = []
+        try:
+            await self._fill_in_time(chunks, receive)
+            _check_content_type(content_type)
+            yield b"".join(chunks)
+        finally:
+            self.num_held -= sum(map(len, chunks))
+
+    async def _fill_in_time(self, chunks: list[bytes], receive: Receive) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._fill(chunks, receive)
+        except TimeoutError as error:
+            message = f"the body did not arrive within {self._timeout:g} seconds (--client-timeout)"
+            raise RequestTimeout(message) from error
+
+    async def _fill(self, chunks: list[bytes], receive: Receive) -> None:
+        size, more = 0, True
+        while more and size <= _MAX_DISCARDED_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= MAX_BODY_BYTES:
+                chunks.append(chunk)
+                self.num_held += len(chunk)
+            if self.num_held > MAX_HELD_BYTES:
+                raise QueueFull(f"bodies of more than {MAX_HELD_BYTES} bytes are waiting; try again later")
+        if size > MAX_BODY_BYTES:
+            raise InvalidRequest(
+                f"the body has {size} bytes or more, the limit is {MAX_BODY_BYTES}; send fewer prompts"
+            )
 
 
-async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled and ClientGone raised when the client goes first."""
+async def run_until_disconnect(
+    receive: Receive,
+    work: Coroutine[Any, Any, T],
+    interval: float | None = None,
+    tick: Callable[[], Awaitable[None]] | None = None,
+) -> T:
+    """The result of `work`, which is cancelled and ClientGone raised when the client goes first. Until then `tick` is
+    called every `interval` seconds."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_wait_disconnect(receive))
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait((task, watcher), timeout=interval, return_when=asyncio.FIRST_COMPLETED))[0]:
+            assert tick is not None
+            await tick()
         if not task.done():
             raise ClientGone
         return task.result()
@@ -68,43 +109,62 @@ def encode_event(payload: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """A server-sent event stream of `events`, closed with [DONE].
+    """A server-sent event stream of `events`, closed with `closing`.
 
     The answer starts with the first event: an error before it is a plain HTTP error. A later one is an error event.
-    When the client goes, `events` is closed at once.
+    When the client goes, `events` is closed at once. A comment is sent, and starts the answer, where there was nothing
+    to send for `keep_alive_interval` seconds, so that no proxy believes that the stream is dead.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_interval: float = 15.0, closing: bytes = DONE):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._interval = keep_alive_interval
+        self._closing = closing
+        self._has_begun = self._is_writing = self._was_quiet = False
+        self._beginning = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, unless the client goes first."""
         with suppress(ClientGone):
-            await run_until_disconnect(receive, self._send_all(scope, receive, send))
+            work = self._send_all(scope, receive, send)
+            await run_until_disconnect(receive, work, self._interval, lambda: self._keep_alive(send))
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events) as events:
             try:
-                first = await anext(events)
-            except TandemError as error:
-                await error_response(error)(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _send_event(send, first)
-            try:
                 async for event in events:
-                    await _send_event(send, event)
+                    await self._write(send, event)
             except TandemError as error:
-                await _send_event(send, encode_event(error_body(error)))
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+                async with self._beginning:
+                    if not self._has_begun:
+                        self._has_begun = True
+                        await error_response(error, scope)(scope, receive, send)
+                        return
+                await self._write(send, error_event(error, scope))
+        await self._write(send, self._closing, more=False)
 
+    async def _keep_alive(self, send: Send) -> None:
+        if self._was_quiet and not self._is_writing:  # else the client does not read what there is
+            await self._write(send, _KEEP_ALIVE)
+        self._was_quiet = True
 
-async def _send_event(send: Send, event: bytes) -> None:
-    await send({"type": "http.response.body", "body": event, "more_body": True})
+    async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
+        if not self._has_begun:
+            await self._begin(send)
+        self._is_writing, self._was_quiet = True, False
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._is_writing = False
+
+    async def _begin(self, send: Send) -> None:
+        """Once, even if an event and a comment come together."""
+        async with self._beginning:
+            if not self._has_begun:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                self._has_begun = True
 
 
 async def _wait_disconnect(receive: Receive) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -10,20 +10,23 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from models.training import demo_tokenizer
 from server.api.app import build_app
 from server.api.engine_client import EngineClient
+from server.api.exchange import Exchange
 from server.api.services import Services, build_services
-from server.config import EngineConfig
-from server.engine_process import take_turn
+from server.config import EngineConfig, ServerConfig
+from server.engine_process import Engine, take_turn
 from server.messages import Reply, Request, SamplingParams
 from server.tokenizer import Tokenizer
+from unit_tests.server.api.scripted_engine import ScriptedEngine
 from unit_tests.server.fake_engine import FakeEngine
 
 
 class InlineChannel:
     """A channel whose other end is an engine that steps when it is listened to. `sent` records the api's messages."""
 
-    def __init__(self, engine: FakeEngine):
+    def __init__(self, engine: Engine):
         self._engine = engine
         self._inbox: list[Request] = []
         self.sent: list[Request] = []
@@ -48,15 +51,25 @@ class InlineChannel:
 
 
 class Serving:
-    """One served fake model: the parts, and a client."""
+    """One served engine, a fake one for most tests: the parts, and a client."""
 
-    def __init__(self, tokenizer: Tokenizer, mtp_step: int, max_requests: int, defaults: SamplingParams):
-        self.engine = FakeEngine(EngineConfig(mtp_step=mtp_step))
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Tokenizer,
+        max_requests: int = 64,
+        defaults: SamplingParams | None = None,
+        config: ServerConfig | None = None,
+        observers: Sequence[Callable[[Exchange], None]] = (),
+    ):
+        self.engine = engine
         self.channel = InlineChannel(self.engine)
         self.tokenizer = tokenizer
         self.client = EngineClient(self.channel, self.engine.ready, max_requests)
-        self.services: Services = build_services("tiny", 1700000000, tokenizer, self.client, defaults)
-        self.app: FastAPI = build_app(self.services)
+        self.services: Services = build_services(
+            "tiny", 1700000000, tokenizer, self.client, defaults or SamplingParams(), config
+        )
+        self.app: FastAPI = build_app(self.services, observers)
         self.http: TestClient
 
     @contextmanager
@@ -107,12 +120,52 @@ class Serving:
         return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
 
 
+class ScriptedServing(Serving):
+    """A serving whose model says what it is told."""
+
+    engine: ScriptedEngine
+
+    def say(self, text: str, ends: bool = True) -> None:
+        """What the model answers from now on, and whether it ends by itself."""
+        tokens = self.tokenizer.encode(text + demo_tokenizer.END_OF_TURN)
+        self.engine.script = tokens if ends else tokens[:-1]
+
+    def prompt(self) -> str:
+        """The text of the last prompt."""
+        return self.tokenizer.decode(self.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+
+
+CALL = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+ARGUMENTS = '{"city": "Oslo", "days": 3}'
+
+
+@pytest.fixture(scope="session")
+def markup_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One that has tokens for the markup, and the demo's chat template."""
+    folder = tmp_path_factory.mktemp("markup")
+    texts = ["the quick brown fox", "naïve café 中文 字符 😀", CALL, "user assistant system tool"]
+    demo_tokenizer.save_tokenizer(demo_tokenizer.train_tokenizer(texts, 400), folder, 4096)
+    return Tokenizer(folder)
+
+
+@pytest.fixture
+def scripted(markup_tokenizer: Tokenizer) -> Iterator[ScriptedServing]:
+    """A serving with a scripted model that listens."""
+    engine = ScriptedEngine(markup_tokenizer.vocab_size, markup_tokenizer.eos_token_ids[0])
+    serving = ScriptedServing(engine, markup_tokenizer)
+    with serving.listening():
+        yield serving
+
+
 @pytest.fixture
 def make_serving(tokenizer: Tokenizer) -> Callable[..., Serving]:
     """Makes servings with settings of their own; they do not listen yet."""
 
-    def make(mtp_step: int = 2, max_requests: int = 64, defaults: SamplingParams | None = None) -> Serving:
-        return Serving(tokenizer, mtp_step, max_requests, defaults or SamplingParams())
+    def make(mtp_step: int = 2, **settings: Any) -> Serving:
+        return Serving(FakeEngine(EngineConfig(mtp_step=mtp_step)), tokenizer, **settings)
 
     return make
 

@@ -16,7 +16,7 @@ def test_a_message_is_answered(serving: Serving) -> None:
     assert answer["object"] == "chat.completion"
     assert answer["id"].startswith("chatcmpl-")
     choice = answer["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": ANSWER}
+    assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", ANSWER)
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"] is None
 

@@ -27,6 +27,9 @@ def test_a_text_is_completed_with_16_tokens_by_default(serving: Serving) -> None
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
         }
     ]
     assert answer["usage"] == {
@@ -34,7 +37,11 @@ def test_a_text_is_completed_with_16_tokens_by_default(serving: Serving) -> None
         "completion_tokens": 16,
         "total_tokens": len(ids) + 16,
         "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"accepted_prediction_tokens": 10, "rejected_prediction_tokens": 0},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 10,
+            "rejected_prediction_tokens": 0,
+            "reasoning_tokens": 0,
+        },
     }
 
 

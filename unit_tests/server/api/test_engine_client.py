@@ -1,6 +1,7 @@
 """Every request ends: with a finish reason, an error or an abort."""
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -55,6 +56,37 @@ def test_outputs_of_an_aborted_request_that_are_on_their_way_are_dropped(make_se
                 return {output.request_id async for output in outputs}
 
     assert asyncio.run(talk()) == {"b"}
+
+
+def test_requests_are_found_by_name_and_end_with_the_counts_they_have(make_serving) -> None:
+    serving: Serving = make_serving()
+    client = serving.client
+
+    async def talk() -> list[TokenOutput]:
+        async with serving.delivering():
+            with client.submit([_generate("a", FOREVER_ID), _generate("b", max_tokens=30)], ["x", "y"]) as outputs:
+                before = [await anext(outputs) for _ in range(4)]
+                assert client.find(lambda name: name == "x") == ["a"]
+                assert client.find(lambda name: name in "xy") == ["a", "b"]
+                client.end(["a", "a", "unknown"])
+                assert client.find(lambda _: True) == ["b"]
+                return before + [output async for output in outputs]
+
+    received = [output for output in asyncio.run(talk()) if output.request_id == "a"]
+    assert received[-1] == dataclasses.replace(received[-2], token_ids=[], logprobs=[], finish_reason="abort")
+    assert [message for message in serving.channel.sent if isinstance(message, Abort)] == [Abort("a")]
+    assert client.num_in_flight == 0 and client._names == {}
+
+
+def test_a_request_ends_before_its_first_output_too(make_serving) -> None:
+    client = make_serving().client
+
+    async def talk() -> list[TokenOutput]:
+        with client.submit([_generate("a")], ["x"]) as outputs:
+            client.end(["a"])
+            return [output async for output in outputs]
+
+    assert asyncio.run(talk()) == [TokenOutput("a", [], finish_reason="abort")]
 
 
 def test_a_refused_request_raises_its_error_and_takes_its_siblings_along(make_serving) -> None:

@@ -2,10 +2,18 @@
 
 import pytest
 
-from server.api.generation import Choice, Delta, Generation, Job
+from server.api.generation import Choice, Delta, Generation, Job, StepSpec
 from server.api.metrics import Metrics
 from server.api.terms import Terms
-from server.messages import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, EngineStats, SamplingParams, TokenOutput
+from server.messages import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    EngineStats,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from server.tokenizer import Detokenizer, Tokenizer
 
 
@@ -22,7 +30,7 @@ def _choice(tokenizer: Tokenizer, metrics: Metrics, sampling: SamplingParams) ->
 def test_an_output_becomes_a_delta_with_its_text(tokenizer: Tokenizer, metrics: Metrics) -> None:
     ids = tokenizer.encode("the fox")
     delta = _choice(tokenizer, metrics, SamplingParams()).take(TokenOutput("r", ids))
-    assert delta == Delta(3, "the fox", ids, [], None, None)
+    assert delta == Delta(3, "the fox", ids, [], None, None, [], StepSpec(0, 0, "p" * len(ids)))
 
 
 def test_text_held_back_comes_with_the_end(tokenizer: Tokenizer, metrics: Metrics) -> None:
@@ -95,3 +103,28 @@ def test_a_choice_closed_before_its_end_counts_as_aborted(tokenizer: Tokenizer, 
     for choice in (ended, left):
         choice.close()
     assert b'tandem:num_requests_aborted_total{engine="0",model_name="tiny"} 1.0' in metrics.render()
+
+
+def test_every_token_of_a_step_has_an_origin(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams())
+    specs = [
+        choice.take(TokenOutput("r", ids, [], None, None, *counts)).spec
+        for ids, counts in (([5], (0, 0, 0)), ([5] * 3, (1, 3, 2)), ([5], (2, 3, 2)), ([5] * 2, (3, 6, 4)))
+    ]
+    assert specs == [StepSpec(0, 0, "p"), StepSpec(2, 3, "ddt"), StepSpec(0, 0, "t"), StepSpec(2, 3, "dd")]
+    assert choice.drafted_steps == [(3, 2), (3, 2)]
+
+
+def test_origins_end_where_a_stop_string_cuts(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    first, *others = tokenizer.encode("the quick brown fox")
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=(tokenizer.decode(others[:2]),)))
+    choice.take(TokenOutput("r", [first]))
+    delta = choice.take(TokenOutput("r", others[:6], num_steps=1, num_proposed=8, num_accepted=5))
+    assert delta.spec == StepSpec(2, 2, "dd")
+
+
+def test_the_first_delta_has_the_prompts_log_probabilities(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams(prompt_logprobs=1))
+    scores = [TokenLogprobs(-1.0, [7], [-0.5], 2)]
+    assert choice.take(TokenOutput("r", [5], prompt_logprobs=scores)).prompt_logprobs == scores
+    assert choice.take(TokenOutput("r", [5])).prompt_logprobs == []

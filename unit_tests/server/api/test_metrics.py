@@ -3,7 +3,7 @@
 import pytest
 
 from server.api.metrics import Metrics
-from server.messages import EngineStats
+from server.messages import EngineStats, Ready, SamplingParams
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_transport import run_and_leave
 
@@ -27,6 +27,19 @@ STATS = EngineStats(
     measured_gain=1.5,
     num_timeouts=120,
     faults={"non_finite": 121, "divergence": 0},
+)
+
+
+DASHBOARD_NAMES = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
+    *("prompt_tokens_total", "generation_tokens_total", "request_success_total", "num_preemptions_total"),
+    *("prefix_cache_queries_total", "prefix_cache_hits_total", "iteration_tokens_total"),
+    *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds"),
+    *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"),
+    *("request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens"),
+    *("request_generation_tokens", "request_params_n", "request_params_max_tokens"),
+    *("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total"),
+    *("spec_decode_num_accepted_tokens_total", "spec_decode_num_accepted_tokens_per_pos_total"),
 )
 
 
@@ -141,3 +154,89 @@ def test_timeouts_are_counted_whether_or_not_a_token_came(serving: Serving) -> N
     serving.complete([5], max_tokens=9, timeout=1)
     assert serving.gauge("tandem:request_timeouts_total") == 2
     assert serving.gauge("tandem:num_requests_aborted_total") == 2
+
+
+def test_the_parts_of_a_requests_time_add_up(serving: Serving) -> None:
+    serving.complete([5, 6], max_tokens=8)
+    serving.complete([5, 6], max_tokens=1)
+    names = ("queue", "prefill", "decode", "inference")
+    parts = {name: serving.gauge(f"vllm:request_{name}_time_seconds_sum") for name in names}
+    assert all(serving.gauge(f"vllm:request_{name}_time_seconds_count") == 2 for name in names)
+    whole = serving.gauge("vllm:e2e_request_latency_seconds_sum")
+    assert parts["queue"] + parts["prefill"] + parts["decode"] == pytest.approx(whole)
+    assert parts["queue"] + parts["inference"] == pytest.approx(whole)
+    assert serving.gauge("vllm:time_to_first_token_seconds_sum") == pytest.approx(parts["queue"] + parts["prefill"])
+
+
+def test_the_wait_for_a_row_is_the_engines_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 12.0, 15.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(moments))
+    metrics = Metrics("tiny", EngineStats)
+    clock = metrics.start_request(3, SamplingParams(), 1)
+    clock.count_tokens(1, queue_seconds=0.5)
+    clock.count_tokens(4, queue_seconds=0.5)
+    clock.end("length")
+    text = metrics.render().decode()
+    for name, seconds in (("queue", 0.5), ("prefill", 1.5), ("decode", 3.0), ("inference", 4.5)):
+        assert _lines(text, f"tandem:request_{name}_time_seconds_sum") == [f"{{}} {seconds}"]
+    assert (clock.first_token_seconds, clock.decode_seconds, clock.queue_seconds) == (2.0, 3.0, 0.5)
+
+
+def test_a_request_that_asks_for_no_token_counts_its_prompt() -> None:
+    metrics = Metrics("tiny", EngineStats)
+    clock = metrics.start_request(7, SamplingParams(max_tokens=0), 1)
+    clock.count_tokens(0)
+    assert (clock.first_token_seconds, clock.decode_seconds) == (None, None)
+    clock.end("length")
+    text = metrics.render().decode()
+    assert _lines(text, "vllm:prompt_tokens_total") == ["{} 7.0"]
+    assert _lines(text, "vllm:e2e_request_latency_seconds_count") == ["{} 1.0"]
+
+
+def test_an_aborted_request_counts_no_latency() -> None:
+    metrics = Metrics("tiny", EngineStats)
+    metrics.start_request(7, SamplingParams(), 1).end("abort")
+    text = metrics.render().decode()
+    assert _lines(text, "vllm:prompt_tokens_total") == ["{} 0.0"]
+    assert _lines(text, "vllm:request_queue_time_seconds_count") == ["{} 0.0"]
+
+
+def test_tokens_per_step_are_those_computed_and_put_out() -> None:
+    metrics = Metrics("tiny", EngineStats)
+    metrics.observe_step(EngineStats(num_steps=1, num_prompt_tokens=100, num_cached_tokens=64))
+    metrics.observe_step(EngineStats(num_steps=2, num_prompt_tokens=100, num_cached_tokens=64, num_output_tokens=5))
+    metrics.observe_step(EngineStats(num_steps=2, num_prompt_tokens=100, num_cached_tokens=64, num_output_tokens=5))
+    text = metrics.render().decode()
+    assert _lines(text, "vllm:iteration_tokens_total_count") == ["{} 2.0"]
+    assert _lines(text, "vllm:iteration_tokens_total_sum") == ["{} 41.0"]
+
+
+def test_the_sizes_of_the_cache_are_labels() -> None:
+    ready = Ready(256, 400, (2,), 1, dtype="bfloat16", page_size=16, num_pages=99, num_checkpoints=0)
+    text = Metrics("tiny", EngineStats, ready).render().decode()
+    labels = 'block_size="16",cache_dtype="bfloat16",enable_prefix_caching="False",engine="0",model_name="tiny"'
+    assert f'vllm:cache_config_info{{{labels},num_gpu_blocks="99"}} 1.0' in text
+
+
+def test_steps_are_heard_of_while_requests_run(serving: Serving) -> None:
+    serving.complete([5, 6, 7], max_tokens=10)
+    assert serving.gauge("vllm:iteration_tokens_total_count") == serving.client.stats.num_steps > 0
+
+
+@pytest.mark.parametrize("num_requests", [1, 5])
+def test_counters_rise_by_exactly_what_was_served(serving: Serving, num_requests: int) -> None:
+    for _ in range(num_requests):
+        serving.complete([5, 6, 7], max_tokens=9)
+    assert serving.gauge("vllm:generation_tokens_total") == num_requests * 9
+    assert serving.gauge("vllm:prompt_tokens_total") == num_requests * 3
+    line = 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'
+    assert f"{line} {num_requests}.0" in serving.http.get("/metrics").text
+
+
+def test_names_that_dashboards_query_are_there(serving: Serving) -> None:
+    """As scraped; before the first request, too."""
+    text = serving.http.get("/metrics").text
+    for name in DASHBOARD_NAMES:
+        assert f"\n# TYPE vllm:{name} " in text, name
+    assert "\n# TYPE http_requests_total counter" in text
+    assert "\n# TYPE process_resident_memory_bytes gauge" in text

@@ -8,9 +8,11 @@ import pytest
 
 from server.api.chat import read_chat_job
 from server.api.completions import read_completion_job
+from server.api.prompts import PromptReader
 from server.api.requests import read_fields
 from server.api.transport import MAX_BODY_BYTES
 from server.errors import InvalidRequest
+from server.tokenizer import Tokenizer
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_requests import CHAT, COMPLETIONS, MESSAGES, check_error
 from unit_tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
@@ -88,13 +90,89 @@ def test_any_other_template_variable_is_the_templates(serving: Serving) -> None:
     serving.chat("hi", chat_template_kwargs={"self": 1, "message": 2, "context": {}}, max_tokens=1)
 
 
-def test_what_a_template_may_read_of_a_message_reaches_it(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [{"id": "c"}], "x": 1}
+def test_what_a_template_may_read_reaches_it(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call], "x": 1}
+    tool = {"type": "function", "function": {"name": "f"}, "y": 1}
     seen: list[Any] = []
-    monkeypatch.setattr(serving.tokenizer, "apply_chat_template", lambda messages, *_: seen.extend(messages) or "hi")
-    body = {"messages": [message], "max_tokens": 1}
+    monkeypatch.setattr(serving.tokenizer, "apply_chat_template", lambda *arguments: seen.extend(arguments) or "hi")
+    body = {
+        "messages": [message],
+        "max_tokens": 1,
+        "tools": [tool],
+        "documents": [{"title": "a", "text": "b"}],
+        "reasoning_effort": "low",
+        "chat_template_kwargs": {"z": [1]},
+    }
     assert serving.http.post(CHAT, json=body).status_code == 200
-    assert seen == [{"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [{"id": "c"}]}]
+    assert seen == [
+        [{"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]}],
+        True,
+        {"enable_thinking": True, "z": [1], "documents": [{"title": "a", "text": "b"}]},
+        [tool],
+        None,
+    ]
+
+
+@pytest.mark.parametrize("add_special_tokens", [None, False, True])
+def test_special_tokens_are_added_to_a_chat_only_if_asked_for(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, add_special_tokens: bool | None
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(serving.tokenizer, "encode_batch", lambda texts, added: seen.append(added) or [[5]])
+    serving.chat("hi", max_tokens=1, add_special_tokens=add_special_tokens)
+    assert seen == [bool(add_special_tokens)]
+
+
+@pytest.mark.parametrize(
+    ("template", "is_thinking"),
+    [
+        ("<think>\n", True),
+        ("<think>", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("<think> is a tag", False),
+        ("", False),
+    ],
+)
+def test_a_prompt_that_ends_with_an_open_thought_is_thinking(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, template: str, is_thinking: bool
+) -> None:
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_: "x" + template)
+    prompt = PromptReader(tokenizer, 100, tokenizer.vocab_size).encode_chat([{"role": "user", "content": "<think>"}])
+    assert prompt.is_thinking is is_thinking
+    assert prompt.token_ids == tokenizer.encode("x" + template)
+
+
+def test_a_conversation_of_another_api_has_the_servers_variables(tokenizer: Tokenizer) -> None:
+    reader = PromptReader(tokenizer, 100, tokenizer.vocab_size, {"enable_thinking": True})
+    messages = [{"role": "user", "content": "hi"}]
+    assert reader.encode_chat(messages).is_thinking
+    assert not reader.encode_chat(messages, {"enable_thinking": False}).is_thinking
+
+
+def test_an_assistants_last_message_may_go_on(tokenizer: Tokenizer) -> None:
+    reader = PromptReader(tokenizer, 100, tokenizer.vocab_size)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the fox"}]
+    prompt = reader.encode_chat(messages, continues=True)
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False).endswith("the fox")
+    assert not prompt.is_thinking
+    messages[-1]["content"] = "<think>the fox"
+    assert reader.encode_chat(messages, continues=True).is_thinking
+
+
+def test_the_field_of_a_conversation_of_another_api_is_named(tokenizer: Tokenizer) -> None:
+    reader = PromptReader(tokenizer, 10, tokenizer.vocab_size)
+    with pytest.raises(InvalidRequest, match="your input has") as caught:
+        reader.encode_chat([{"role": "user", "content": "the fox " * 20}], name="input")
+    assert caught.value.param == "input"
+
+
+def test_prompts_that_are_only_counted_may_be_of_any_length(tokenizer: Tokenizer) -> None:
+    reader = PromptReader(tokenizer, 10, tokenizer.vocab_size)
+    messages = [{"role": "user", "content": "the fox " * 5000}]
+    assert len(reader.without_limit().encode_chat(messages).token_ids) > 5000
+    with pytest.raises(InvalidRequest):
+        reader.encode_chat(messages)
 
 
 def _repeat(entry: bytes, before: bytes, after: bytes) -> bytes:
@@ -113,6 +191,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "parts": lambda: _repeat(b'{"type":"text","text":""}', b'{"messages":[{"role":"user","content":[', b"]}]}"),
     "unknown part": lambda: _repeat(b"{}", b'{"messages":[{"role":"user","content":[{"x":[', b"]}]}]}"),
     "tool calls": lambda: _repeat(b"{}", b'{"messages":[{"role":"user","tool_calls":[', b"]}]}"),
+    "tools": lambda: _repeat(b"{}", b'{"messages":[],"tools":[', b"]}"),
     "objects": lambda: _repeat(b"{}", b'{"prompt":[', b"]}"),
     "objects after a number": lambda: _repeat(b"{}", b'{"prompt":[1,', b"]}"),
     "objects after ids": lambda: _repeat(b"{}", b'{"prompt":[[1],', b"]}"),

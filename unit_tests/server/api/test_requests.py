@@ -90,8 +90,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("cache_salt", "x" * 257, "257 characters, the range is 1..256"),
     ("cache_salt", 5, "a string"),
     ("cache_salt", ["a"], "a string"),
-    ("tools", [{"type": "function"}], "not served"),
-    ("response_format", {"type": "json_object"}, "not served"),
+    ("response_format", {"type": "xml"}, "must be one of text"),
 ]
 
 

@@ -1,0 +1,94 @@
+"""The `messages` of a chat request -> what a chat template reads.
+
+Content parts are joined, `developer` is `system`, and the arguments of earlier tool calls, which clients send as JSON
+text, become objects. Every mistake is an InvalidRequest that names the message. Knows neither templates nor tokens.
+"""
+
+from typing import Any
+
+from server.api.fields import Fields, decode_json, known_fields, shown, shown_json, split_list
+from server.errors import InvalidRequest
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_TOOL_CALLS = 1024
+# Of one call: longer ones fit no context, and are not made into objects.
+MAX_ARGUMENTS_CHARS = 2**20
+# What a chat template may read of a message besides what is checked here.
+_EXTRAS = ("name", "tool_call_id")
+_REASONING = ("reasoning_content", "reasoning")
+_MESSAGE = known_fields("role", "content", "refusal", "tool_calls", *_REASONING, *_EXTRAS)
+_PART = known_fields("type", "text", "refusal")
+_TOOL_CALL = known_fields("id", "type", "function")
+_FUNCTION = known_fields("name", "arguments")
+# Parts of several APIs that hold text, and the field they hold it in.
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """The messages of a request, at least one."""
+    entries = split_list("messages", fields.raw("messages"), MAX_MESSAGES)
+    if not entries:
+        raise InvalidRequest("messages is [], it must be a list of at least one entry", "messages")
+    return [read_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
+
+
+def read_text(name: str, raw: bytes, rule: str = "a string") -> str:
+    """A string of any length."""
+    if raw[:1] != b'"':
+        raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be {rule}", name)
+    return decode_json(name, raw, str, rule)
+
+
+def read_message(entry: bytes, where: str) -> dict[str, Any]:
+    """One message, the JSON `entry`."""
+    fields = Fields(_MESSAGE, entry, where)
+    role = read_text(fields.name("role"), fields.raw("role"))
+    message = {extra: fields.value(extra) for extra in _EXTRAS if fields.has(extra)}
+    reasoning = next((name for name in _REASONING if fields.has(name)), None)
+    if reasoning is not None:
+        message["reasoning_content"] = read_text(fields.name(reasoning), fields.raw(reasoning))
+    if fields.has("tool_calls"):
+        calls = split_list(fields.name("tool_calls"), fields.raw("tool_calls"), MAX_TOOL_CALLS)
+        read = [_read_call(Fields(_TOOL_CALL, call, fields.name(f"tool_calls[{i}]"))) for i, call in enumerate(calls)]
+        # No calls are no field, for templates that only ask whether it is there.
+        message.update({"tool_calls": read} if read else {})
+    content = "content" if fields.has("content") or role != "assistant" else "refusal"
+    if role != "assistant" and not fields.has("content"):
+        raise InvalidRequest(f"{fields.name('content')} is null, only an assistant's may be", fields.name("content"))
+    message["content"] = read_content(fields.name(content), fields.raw(content))
+    return {**message, "role": "system" if role == "developer" else role}
+
+
+def read_content(name: str, raw: bytes) -> str:
+    """A text as it is, text parts joined, nothing (an assistant's turn of tool calls) as an empty text."""
+    if raw[:1] == b"[":
+        parts = split_list(name, raw, MAX_PARTS)
+        return "".join(_read_part(Fields(_PART, part, f"{name}[{i}]")) for i, part in enumerate(parts))
+    return read_text(name, raw, "a string or a list of text parts") if raw else ""
+
+
+def _read_part(fields: Fields) -> str:
+    kind = fields.value("type")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        raise InvalidRequest(
+            f"{fields.name('type')} is {shown(kind)}, the supported type is 'text'", fields.name("type")
+        )
+    field = _TEXT_PARTS[kind]
+    return read_text(fields.name(field), fields.raw(field))
+
+
+def _read_call(fields: Fields) -> dict[str, Any]:
+    function = Fields(_FUNCTION, fields.raw("function") or b"null", fields.name("function"))
+    name = read_text(function.name("name"), function.raw("name"))
+    call = {"type": "function", "function": {"name": name, "arguments": read_arguments(function, "arguments")}}
+    return {"id": fields.text("id", ""), **call} if fields.has("id") else call
+
+
+def read_arguments(call: Fields, field: str) -> dict[str, Any]:
+    """A call's arguments as an object; clients send its JSON, or the object itself, or nothing for none."""
+    name, raw = call.name(field), call.raw(field)
+    text = read_text(name, raw) if raw[:1] == b'"' else raw.decode()
+    if len(text) > MAX_ARGUMENTS_CHARS:
+        raise InvalidRequest(f"{name} has {len(text)} characters, the limit is {MAX_ARGUMENTS_CHARS}", name)
+    return decode_json(name, text.encode(), dict, "the JSON of an object") if text.strip() else {}

@@ -1,0 +1,186 @@
+"""OpenAI's newer API: POST /v1/responses, and what becomes of a response afterwards."""
+
+from functools import partial
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from server.api.chat_messages import MAX_MESSAGES, read_text
+from server.api.conversations import CONVERSATION_FIELDS, Conversation, read_flat_tools, read_form, read_job
+from server.api.fields import Fields, known_fields, shown, shown_json, split_list
+from server.api.foreign_schemas import RESPONSE, RESPONSE_REQUEST
+from server.api.openapi import GENERATION_ERRORS, operation, path_parameter
+from server.api.requests import check_model, generate, refuse_unserved
+from server.api.response_answer import ResponseAnswer, ResponseJob
+from server.api.response_items import read_items
+from server.api.response_store import ResponseStore
+from server.api.sampling import read_num_logprobs
+from server.api.services import Services
+from server.api.thinking import EFFORTS
+from server.api.tools import AUTO, NAMED, NONE, REQUIRED, Tool, Tools, mistake, read_function
+from server.errors import InvalidRequest, NotFound
+
+_UNSERVED = ("background", "conversation", "prompt")
+_REQUEST = known_fields(
+    *CONVERSATION_FIELDS,
+    *("input", "instructions", "max_output_tokens", "text", "reasoning", "metadata", "store", "previous_response_id"),
+    *("parallel_tool_calls", "include", "user"),
+    *_UNSERVED,
+)
+_TEXT = known_fields("format")
+_REASONING = known_fields("effort")
+_TOOL = known_fields("type", "name", "description", "parameters", "strict")
+_CHOICE = known_fields("type", "name")
+_SCORES = "message.output_text.logprobs"
+_MAX_INCLUDED = 64
+
+
+def add_response_routes(app: FastAPI, services: Services) -> None:
+    """POST /v1/responses, and GET, DELETE and cancel of one response."""
+    store, running = ResponseStore(), dict[str, ResponseAnswer]()
+    one = [path_parameter("response_id")]
+
+    @app.post(
+        "/v1/responses", **operation(request=RESPONSE_REQUEST, answer=RESPONSE, streams=True, errors=GENERATION_ERRORS)
+    )
+    async def create_response(request: Request) -> Response:
+        """A response, whole or streamed."""
+        return await generate(
+            request,
+            services,
+            lambda body: read_response_job(Fields(_REQUEST, body), services, store),
+            lambda job, generation: ResponseAnswer(services, job, generation, store, running),
+            closing=b"",
+        )
+
+    @app.get("/v1/responses/{response_id}", **operation(answer=RESPONSE, errors=[NotFound], parameters=one))
+    async def show_response(request: Request) -> Response:
+        """A response that is being generated or was stored."""
+        response_id = request.path_params["response_id"]
+        if response_id in running:
+            return _json(running[response_id].describe("in_progress"))
+        return Response(store.get(response_id).body, media_type="application/json")
+
+    @app.delete("/v1/responses/{response_id}", **operation(errors=[NotFound], parameters=one))
+    async def delete_response(request: Request) -> dict[str, Any]:
+        """Forget a response that was stored."""
+        response_id = request.path_params["response_id"]
+        store.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    @app.post("/v1/responses/{response_id}/cancel", **operation(answer=RESPONSE, errors=[NotFound], parameters=one))
+    async def cancel_response(request: Request) -> Response:
+        """End a response that is being generated; one that was stored stays as it is."""
+        response_id = request.path_params["response_id"]
+        if response_id not in running:
+            return Response(store.get(response_id).body, media_type="application/json")
+        running[response_id].cancel()
+        return _json(running[response_id].describe("cancelled"))
+
+
+def read_response_job(fields: Fields, services: Services, store: ResponseStore) -> ResponseJob:
+    """What a request asks for. Raises InvalidRequest, NotFound for an earlier response that is not there."""
+    check_model(fields, services)
+    refuse_unserved(fields, _UNSERVED)
+    settings, items = _read_settings(fields), _read_input(fields)
+    before = [] if settings["previous_response_id"] is None else _read_earlier(settings["previous_response_id"], store)
+    return read_job(
+        fields,
+        services,
+        lambda fields: _read_conversation(fields, settings, before, items),
+        "max_output_tokens",
+        partial(ResponseJob, settings=settings, items=[*before, *items], is_stored=settings["store"]),
+        read_form(Fields(_TEXT, fields.raw("text") or b"{}", "text")),
+        logprobs=_read_scores(fields, services),
+    )
+
+
+def _read_settings(fields: Fields) -> dict[str, Any]:
+    """The fields that a response repeats."""
+    form = Fields(_TEXT, fields.raw("text") or b"{}", "text").raw("format")
+    fields.mapping("metadata")
+    return {
+        "instructions": read_text("instructions", fields.raw("instructions")) if fields.has("instructions") else None,
+        "metadata": msgspec.Raw(fields.raw("metadata") or b"{}"),
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
+        "previous_response_id": fields.text("previous_response_id", "") or None,
+        "reasoning": {"effort": _read_effort(fields), "summary": None},
+        "store": fields.boolean("store", True),
+        "text": {"format": msgspec.Raw(form or b'{"type":"text"}')},
+        "tool_choice": msgspec.Raw(fields.raw("tool_choice") or b'"auto"'),
+        "tools": msgspec.Raw(fields.raw("tools") or b"[]"),
+        "user": fields.text("user", "") or None,
+    }
+
+
+def _read_effort(fields: Fields) -> str | None:
+    reasoning = Fields(_REASONING, fields.raw("reasoning") or b"{}", "reasoning")
+    effort = reasoning.text("effort", "") if reasoning.has("effort") else None
+    if effort is not None and effort not in EFFORTS:
+        rule = f"it must be one of {', '.join(EFFORTS)}"
+        raise InvalidRequest(f"reasoning.effort is {shown(effort)}, {rule}", "reasoning.effort")
+    return effort
+
+
+def _read_input(fields: Fields) -> list[bytes]:
+    """The items of the request: a text is a user's message."""
+    raw = fields.raw("input")
+    if raw[:1] == b'"':
+        return [msgspec.json.encode({"role": "user", "content": read_text("input", raw)})]
+    items = split_list("input", raw, MAX_MESSAGES) if raw[:1] == b"[" else []
+    if not items:
+        raise InvalidRequest(f"input is {shown_json(raw)}, it must be a text or a list of at least one item", "input")
+    return items
+
+
+def _read_earlier(response_id: str, store: ResponseStore) -> list[bytes]:
+    """The items of the conversation that a stored response ended."""
+    name = "previous_response_id"
+    return split_list(name, store.get(response_id, name).items, MAX_MESSAGES)
+
+
+def _read_conversation(
+    fields: Fields, settings: dict[str, Any], before: list[bytes], items: list[bytes]
+) -> Conversation:
+    effort, instructions = settings["reasoning"]["effort"], settings["instructions"]
+    placed = [(item, "previous_response_id") for item in before]
+    placed += [(item, f"input[{i}]") for i, item in enumerate(items)]
+    if instructions is not None:
+        placed = [(msgspec.json.encode({"role": "system", "content": instructions}), "instructions"), *placed]
+    return Conversation(read_items(placed), "input", _read_tools(fields), None if effort is None else effort != "none")
+
+
+def _read_tools(fields: Fields) -> Tools | None:
+    choice, named = _read_choice(fields)
+    return read_flat_tools(fields, choice, named, fields.boolean("parallel_tool_calls", True), _read_tool)
+
+
+def _read_choice(fields: Fields) -> tuple[str, str | None]:
+    """(`tool_choice`, the function it names)."""
+    raw = fields.raw("tool_choice")
+    if raw[:1] == b"{":
+        choice = Fields(_CHOICE, raw, "tool_choice")
+        if choice.value("type") == "function":
+            return NAMED, choice.text("name", "")
+    elif (value := fields.value("tool_choice") if raw else AUTO) in (NONE, AUTO, REQUIRED):
+        return value, None
+    rule = "one of none, auto, required, or an object that names a function"
+    raise InvalidRequest(f"tool_choice is {shown_json(raw)}, it must be {rule}", "tool_choice")
+
+
+def _read_tool(entry: bytes, where: str) -> Tool:
+    fields = Fields(_TOOL, entry, where)
+    if fields.value("type") != "function":
+        raise mistake(fields.name("type"), fields.value("type"), "'function'")
+    return read_function(fields, "parameters")
+
+
+def _read_scores(fields: Fields, services: Services) -> int | None:
+    """How many alternatives are told for each token of the text; None tells nothing of the tokens."""
+    num_top = read_num_logprobs(fields, "top_logprobs", services.limits)
+    return num_top if num_top is not None or _SCORES not in fields.items("include", _MAX_INCLUDED) else 0
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

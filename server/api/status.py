@@ -1,0 +1,86 @@
+"""The routes that tell how the server is, to people, probes, load balancers and Prometheus."""
+
+import dataclasses
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.api.error_bodies import error_response
+from server.api.openapi import operation
+from server.api.services import Services
+from server.errors import EngineDead, QueueFull
+from server.versions import read_versions
+
+
+def add_status_routes(app: FastAPI, services: Services) -> None:
+    """GET /health, /ping, /ready, /load, /metrics, /version and /server_info."""
+    _add_probes(app, services)
+    _add_figures(app, services)
+
+
+def _add_probes(app: FastAPI, services: Services) -> None:
+    client = services.client
+
+    @app.head("/ping", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
+    @app.get("/ping", **operation(content_type=None, errors=[EngineDead]))
+    @app.get("/health", **operation(content_type=None, errors=[EngineDead]))
+    async def health(request: Request) -> Response:
+        """200 while the engine serves, 503 once it has gone or the server drains."""
+        return Response() if client.failure is None else error_response(client.failure, request.scope)
+
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", **operation(content_type=None, errors=[EngineDead, QueueFull]))
+    async def ready() -> Response:
+        """200 while one more request is admitted."""
+        client.check_room(1)
+        return Response()
+
+
+def _add_figures(app: FastAPI, services: Services) -> None:
+    @app.get("/load", **operation())
+    async def load() -> dict[str, int]:
+        """Requests in the server: all, and those that run and wait in the engine."""
+        stats = services.client.stats
+        return {
+            "server_load": services.client.num_in_flight,
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+        }
+
+    @app.get("/metrics", **operation(content_type=CONTENT_TYPE_LATEST))
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version", **operation())
+    async def version() -> dict[str, str]:
+        """The version of the server."""
+        return {"version": app.version}
+
+    @app.get("/server_info", **operation())
+    async def server_info() -> Response:
+        """What is served, with which settings, in how much memory, by which versions."""
+        return Response(msgspec.json.encode(describe_server(services)), media_type="application/json")
+
+
+def describe_server(services: Services) -> dict[str, Any]:
+    """What a report about this server should have; no secrets."""
+    ready = dataclasses.asdict(services.client.ready)
+    return {
+        "model_names": list(services.model_names),
+        "created": services.created,
+        **ready,
+        "settings": {**_settings(services.engine_config), **_settings(services.config)},
+        "versions": read_versions(),
+    }
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {
+        setting.name: getattr(config, setting.name)
+        for setting in dataclasses.fields(config)
+        if not setting.metadata["is_secret"]
+    }

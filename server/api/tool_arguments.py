@@ -1,0 +1,170 @@
+"""The arguments of one tool call: parameters as Qwen3.5 writes them -> the JSON text of one object, piece by piece.
+
+A string goes out as it comes in; a value of another type once it is complete, cast by the tool's JSON schema. What does
+not cast stays a string. Knows nothing of markup but that one newline on either side of a value belongs to it.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+_STRING, _NULL = "string", "null"
+_WHOLE = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9]+)(?:\.0+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_BOOLEANS = {"true": "true", "1": "true", "false": "false", "0": "false"}
+_CONTAINERS = {"object": dict, "array": list}
+_JSON_TYPES = {
+    type(None): _NULL,
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: _STRING,
+    list: "array",
+    dict: "object",
+}
+# Whole numbers beyond it are not exact as floats.
+_MAX_EXACT = 2.0**53
+# What is looked at of a parameter's schema: `$ref`s may go in circles.
+_MAX_SCHEMAS = 64
+# A text that may be a string or null is a string if it is longer, so it need not be held back for long.
+_MAX_NULL_CHARS = 16
+
+
+class ArgumentWriter:
+    """Writes the arguments of a call of the tool whose `parameters` schema this is; {} knows no types.
+
+    The texts that the methods return add up to the JSON text. The schema is one that `tools.check_schema` has passed.
+    """
+
+    def __init__(self, schema: dict[str, Any]):
+        self._schema = schema
+        self._num_written = 0
+        self._key = ""
+        self._types: frozenset[str] = frozenset()
+        self._held: list[str] = []
+        self._streams = False
+        self._is_first = True
+        self._owes_newline = False
+
+    def open(self, key: str) -> str:
+        """A parameter begins."""
+        self._key, self._types, self._held = key, parameter_types(self._schema, key), []
+        self._is_first, self._owes_newline, self._streams = True, False, False
+        return self._stream() if self._types == {_STRING} else ""
+
+    def push(self, text: str) -> str:
+        """More of the parameter's value."""
+        text = self._trim(text)
+        if self._streams:
+            return _escape(text)
+        self._held.append(text)
+        return self._stream() if self._types == {_STRING, _NULL} and not self._may_be_null() else ""
+
+    def close(self) -> str:
+        """The parameter's value is complete."""
+        if self._streams:
+            self._streams = False
+            return '"'
+        return self._begin() + cast("".join(self._held), self._types)
+
+    def finish(self) -> str:
+        """The call is complete; no parameter is open."""
+        return "}" if self._num_written else "{}"
+
+    def _begin(self) -> str:
+        self._num_written += 1
+        return ("{" if self._num_written == 1 else ", ") + _quote(self._key) + ": "
+
+    def _stream(self) -> str:
+        self._streams = True
+        return self._begin() + '"' + _escape("".join(self._held))
+
+    def _may_be_null(self) -> bool:
+        held = "".join(self._held)
+        return len(held) <= _MAX_NULL_CHARS and _NULL.startswith(held.strip().lower())
+
+    def _trim(self, text: str) -> str:
+        """`text` without the value's first newline, and its last one held back until more comes."""
+        if not text:
+            return ""
+        if self._is_first:
+            self._is_first = False
+            text = text.removeprefix("\n")
+        if self._owes_newline and text:
+            text, self._owes_newline = "\n" + text, False
+        if text.endswith("\n"):
+            text, self._owes_newline = text[:-1], True
+        return text
+
+
+def parameter_types(schema: dict[str, Any], key: str) -> frozenset[str]:
+    """The JSON types that a parameter may have by its tool's schema; string where the schema says nothing."""
+    properties = schema.get("properties")
+    known = properties.get(key) if isinstance(properties, dict) else None
+    return frozenset(_types(known, schema)) or frozenset({_STRING})
+
+
+def cast(text: str, types: frozenset[str]) -> str:
+    """The JSON of a value: as the first of null, a number, a boolean, an object and a list that `types` has and the
+    text can be, else a string."""
+    bare = text.strip()
+    if _NULL in types and bare.lower() == _NULL:
+        return _NULL
+    if types & {"integer", "number"} and (whole := _WHOLE.fullmatch(bare)):
+        digits = whole["digits"].lstrip("0") or "0"
+        return digits if whole["sign"] != "-" else "-" + digits
+    if "number" in types and _NUMBER.fullmatch(bare) and math.isfinite(value := float(bare)):
+        return str(int(value)) if value.is_integer() and abs(value) < _MAX_EXACT else json.dumps(value)
+    if "boolean" in types and bare.lower() in _BOOLEANS:
+        return _BOOLEANS[bare.lower()]
+    for name, kind in _CONTAINERS.items():
+        if name in types and _is_json(bare, kind):
+            return bare
+    return _quote(text)
+
+
+def _types(schema: Any, root: dict[str, Any]) -> Iterator[str]:
+    """The types a schema names, also by its `enum`, `const`, alternatives and `$ref`s into `root`."""
+    schemas = [schema]
+    for found in itertools.islice(schemas, _MAX_SCHEMAS):  # it grows meanwhile
+        if not isinstance(found, dict):
+            continue
+        named = found.get("type")
+        yield from named if isinstance(named, list) else [named] if isinstance(named, str) else []
+        if named is None:
+            values = found.get("enum", [found["const"]] if "const" in found else [])
+            yield from (_JSON_TYPES[type(value)] for value in values[:_MAX_SCHEMAS])
+        for name in ("anyOf", "oneOf", "allOf"):
+            schemas += (found.get(name) or [])[:_MAX_SCHEMAS]
+        if "$ref" in found:
+            schemas.append(_resolve(found["$ref"], root))
+
+
+def _resolve(reference: str, root: dict[str, Any]) -> Any:
+    """The schema that `#/$defs/Name` points to, None for one that is kept elsewhere."""
+    for keyword in ("$defs", "definitions"):
+        start = f"#/{keyword}/"
+        if reference.startswith(start):
+            name = reference.removeprefix(start).replace("~1", "/").replace("~0", "~")
+            return root.get(keyword, {}).get(name)
+    return None
+
+
+def _is_json(text: str, kind: type) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), kind)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _escape(text: str) -> str:
+    return _quote(text)[1:-1]

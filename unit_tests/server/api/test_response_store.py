@@ -1,0 +1,39 @@
+"""The store of responses: what stays, and what leaves first."""
+
+import pytest
+
+from server.api.response_store import ResponseStore, Stored
+from server.errors import NotFound
+
+
+def test_a_response_is_kept_until_it_is_deleted() -> None:
+    store = ResponseStore()
+    store.put("a", Stored(b"{}", b"[]"))
+    assert store.get("a") == Stored(b"{}", b"[]")
+    store.delete("a")
+    for act in (store.get, store.delete):
+        with pytest.raises(NotFound, match="there is no response 'a'"):
+            act("a")
+
+
+def test_those_that_nobody_asked_for_the_longest_time_leave_first() -> None:
+    entry = Stored(b"x" * 1000, b"y" * 1000)
+    store = ResponseStore(3 * entry.num_bytes)
+    for name in "abc":
+        store.put(name, entry)
+    store.get("a")
+    store.put("d", entry)
+    assert [name for name in "abcd" if name in store._stored] == ["a", "c", "d"]
+    store.delete("a")
+    store.put("e", entry)
+    assert [name for name in "abcde" if name in store._stored] == ["c", "d", "e"]
+
+
+def test_what_is_larger_than_the_store_is_not_kept_and_leaves_it_empty() -> None:
+    store = ResponseStore(10_000)
+    store.put("a", Stored(b"x" * 10_000, b"[]"))
+    with pytest.raises(NotFound) as caught:
+        store.get("a", "previous_response_id")
+    assert caught.value.param == "previous_response_id"
+    store.put("b", Stored(b"{}", b"[]"))
+    assert store.get("b").body == b"{}"
