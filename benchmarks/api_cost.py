@@ -60,6 +60,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 GOALS = {OFF: 0.9, "logprobs, penalties": 0.9, "json_schema": 0.75, "all": 0.75}
 IDLE_GOAL = 0.95
 _KEEP_ALIVE_SECONDS = 5
+# Idle streams are opened in bursts that do not keep the active clients from asking; a few may get the row all the same.
+_BURST, _LOSS = 25, 0.02
+_NUM_CLIENTS, _LEAST_STREAMS = 4, 3
 _POLL_SECONDS = 0.05
 
 Body = dict[str, Any]
@@ -175,17 +178,22 @@ class IdleStreams:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """With all of them in the queue; they have left it afterwards. Raises RunFailed."""
+        with contextlib.ExitStack() as stack:
+            for first in range(0, self._count, _BURST):
+                opened = min(first + _BURST, self._count)
+                for _ in range(first, opened):
+                    stack.enter_context(self._open())
+                self._wait(lambda waiting, opened=opened: waiting >= (1 - _LOSS) * opened)  # type: ignore[misc]
+            yield
+        self._wait(lambda waiting: waiting < self._count / 2)
+
+    def _open(self) -> socket.socket:
         address = urlsplit(self._server.url)
         body = json.dumps({"prompt": "Hello", "stream": True, "priority": 1}).encode()
         head = f"POST {PATH} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
-        message = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-        with contextlib.ExitStack() as stack:
-            for _ in range(self._count):
-                one = stack.enter_context(socket.create_connection((address.hostname, address.port), TIMEOUT_SECONDS))
-                one.sendall(message)
-            self._wait(lambda waiting: waiting >= self._count)
-            yield
-        self._wait(lambda waiting: waiting < self._count / 2)
+        connection = socket.create_connection((address.hostname, address.port), TIMEOUT_SECONDS)
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        return connection
 
     def _wait(self, is_reached: Callable[[float], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -196,53 +204,45 @@ class IdleStreams:
 
 
 class ActiveStreams:
-    """Two clients that stream one answer after another, so that there is always one to take the row from the other."""
+    """Clients that stream one answer after another: enough of them that one always waits to take the row."""
 
     def __init__(self, server: Server, max_tokens: int):
         self._server, self._load = server, Load(1, max_tokens, 1)
         self._stop = threading.Event()
-        self._speeds: list[float] = []
+        self._ends: list[tuple[float, int]] = []
 
     def measure(self, seconds: float, seed: str, beside: contextlib.AbstractContextManager[None]) -> float:
-        """The median of their tokens per second behind the first one, within `seconds` beside what else goes on."""
+        """Output tokens per second within `seconds` beside what else goes on, from the end of a stream to that of
+        another. Raises RunFailed."""
         self._stop.clear()
-        with ThreadPoolExecutor(2) as pool:
-            clients = [pool.submit(self._ask, f"{seed} {name}") for name in "ab"]
+        with ThreadPoolExecutor(_NUM_CLIENTS) as pool:
+            clients = [pool.submit(self._ask, f"{seed} {number}") for number in range(_NUM_CLIENTS)]
             try:
                 with beside:
-                    self._speeds.clear()
+                    num_before = len(self._ends)
                     time.sleep(seconds)
-                    speeds = list(self._speeds)
+                    ends = sorted(self._ends[num_before:])
             finally:
                 self._stop.set()
             for client in clients:
                 client.result()
-        if not speeds:
-            raise RunFailed(f"no stream of {self._load.max_tokens} tokens ended within {seconds:g} s: raise --seconds")
-        return statistics.median(speeds)
+        if len(ends) < _LEAST_STREAMS:
+            raise RunFailed(f"{len(ends)} streams of {self._load.max_tokens} tokens ended in {seconds:g} s (--seconds)")
+        return sum(num_tokens for _, num_tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
 
     def _ask(self, seed: str) -> None:
         fields = {"stream": True, "stream_options": {"include_usage": True}}
         with contextlib.closing(connect(self._server)) as connection:
             for number in itertools.takewhile(lambda _: not self._stop.is_set(), itertools.count()):
                 (body,) = self._load.bodies(f"{seed} {number}", fields)
-                self._speeds.append(_read_speed(post(connection, body)))
-
-
-def _read_speed(response: http.client.HTTPResponse) -> float:
-    """Tokens per second behind the first event with text, which has one token."""
-    times, last = [], b""
-    for line in response:
-        if line.startswith(b"data: {"):
-            times.append(time.perf_counter())
-            last = line
-    num_tokens = json.loads(last[len(b"data: ") :])["usage"]["completion_tokens"]
-    return (num_tokens - 1) / (times[-2] - times[0])
+                events = [line for line in post(connection, body) if line.startswith(b"data: {")]
+                usage = json.loads(events[-1].removeprefix(b"data: "))["usage"]
+                self._ends.append((time.perf_counter(), usage["completion_tokens"]))
 
 
 def measure_idle(args: argparse.Namespace, flags: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of one active stream alone and beside idle ones. Raises RunFailed."""
-    queue = ["--max-queue", str(args.idle + 8), "--keep-alive-interval", str(_KEEP_ALIVE_SECONDS)]
+    queue = ["--max-queue", str(args.idle + 2 * _NUM_CLIENTS), "--keep-alive-interval", str(_KEEP_ALIVE_SECONDS)]
     with launched_servers([shlex.join([*flags, "--max-running-requests", "1", *queue])], args.start_timeout) as (url,):
         server = Server(url, TIMEOUT_SECONDS)
         active, idle = ActiveStreams(server, args.max_tokens), IdleStreams(server, args.idle)

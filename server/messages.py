@@ -43,9 +43,9 @@ class Constraint:
     """What an output must match, to its end.
 
     `text` is for kind json_schema the schema (JSON), json_object nothing, regex the pattern, choice a JSON list of
-    strings, grammar EBNF, structural_tag the tag (JSON). Tokens up to and including the first `after_token_id` are free
-    (the end of thinking) but for those that would end the request; None constrains from the first token on. `field` is
-    the request's field that asks for it, for errors.
+    strings, grammar EBNF or Lark, structural_tag the tag (JSON). Tokens up to and including the first `after_token_id`
+    are free (the end of thinking) but for those that would end the request; None constrains from the first token on.
+    `field` is the request's field that asks for it, for errors.
     """
 
     kind: str

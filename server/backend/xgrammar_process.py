@@ -1,7 +1,8 @@
 """Context-free grammars and structural tags as masks, by xgrammar, whose compiler runs in a process of its own.
 
-Some grammars keep the compiler busy for ever, or take all memory, and it cannot be interrupted. So a child compiles
-them, kills itself when its time is over, and sends the compiled grammar over. It starts with the first grammar.
+Some grammars keep the library busy for ever, or take all memory, and it cannot be interrupted. So a child compiles
+them, tries them out, kills itself when its time is over, and sends the compiled grammar over. It starts with the first
+grammar.
 """
 
 import json
@@ -11,11 +12,14 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from server.backend.token_masks import TokenMasks
 from server.errors import CheckpointError, InvalidRequest
@@ -24,6 +28,8 @@ from server.tokenizer import Tokenizer
 COMPILE_SECONDS = 10
 _MAX_BYTES = 4 * 2**30
 _NICENESS = 5
+# The longest tokens that a grammar allows, one after the other: where following costs more and more it shows.
+_TRIAL_TOKENS, _TRIAL_SECONDS = 64, 1.0
 _MAX_THREADS = 4
 # xgrammar's messages begin with the time and the place in its source.
 _ORIGIN = re.compile(r"\[[\d:]+\] \S+:\d+: (Check failed: \([^)]*\(.*?\)\) is false: )?")
@@ -81,7 +87,7 @@ class XgrammarProcess:
             self._connection = None
             is_slow = self._process.wait() == -signal.SIGALRM
             limit = f"{self._seconds} seconds" if is_slow else "the memory of a process"
-            raise InvalidRequest(f"its compiler needs more than {limit}; make it simpler") from None
+            raise InvalidRequest(f"compiling it takes more than {limit}; make it simpler") from None
         if error:
             raise InvalidRequest(error)
         import xgrammar
@@ -126,7 +132,9 @@ def serve(connection: Connection, seconds: int, directory: str, vocab_size: int,
         kind, text = connection.recv()
         signal.alarm(seconds)  # its default is to end the process, whatever that is doing
         try:
-            answer = _compile(compiler, kind, text).serialize_json(), ""
+            grammar = _compile(compiler, kind, text)
+            _try_out(xgrammar.GrammarMatcher(grammar), vocabulary, stop_ids)
+            answer = grammar.serialize_json(), ""
         except (RuntimeError, ValueError, RecursionError) as error:
             answer = "", _describe(error)
         signal.alarm(0)
@@ -137,6 +145,21 @@ def _compile(compiler: Any, kind: str, text: str) -> Any:
     if kind == "structural_tag":
         return compiler.compile_structural_tag(json.dumps(bound_whitespace(json.loads(text))))
     return compiler.compile_grammar(text) if "::=" in text else compiler.compile_lark(text)
+
+
+def _try_out(matcher: Any, vocabulary: Sequence[bytes], stop_ids: Sequence[int]) -> None:
+    masks = TokenMasks(1, len(vocabulary), "cpu")
+    lengths = np.array([len(token) for token in vocabulary])
+    lengths[list(stop_ids)] = 0
+    start = time.perf_counter()
+    for _ in range(_TRIAL_TOKENS):
+        matcher.fill_next_token_bitmask(masks.packed, 0)
+        is_allowed = np.unpackbits(masks.array[0].view(np.uint8), bitorder="little")[: len(vocabulary)]
+        longest = int((lengths * is_allowed).argmax())
+        if time.perf_counter() - start > _TRIAL_SECONDS:
+            raise ValueError("it takes too long to follow")
+        if not lengths[longest] or not matcher.accept_token(longest):
+            return
 
 
 def bound_whitespace(tag: Any) -> Any:

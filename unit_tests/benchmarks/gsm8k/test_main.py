@@ -265,4 +265,4 @@ def test_the_demo_solves_its_own_problems_alike_with_and_without_drafts(
     assert results["differences"] == [] and without["accuracy"] == with_drafts["accuracy"] > 0.8
     assert without["truncated"] == without["tokens_of_others"] == 0 and without["accept_length"] == 1
     assert with_drafts["accept_length"] > 2 and len(with_drafts["acceptance_per_position"]) == 2
-    assert 1 >= with_drafts["acceptance_per_position"][0] > 0.9 > with_drafts["acceptance_per_position"][1] > 0.3
+    assert all(1 >= share > 0.9 for share in with_drafts["acceptance_per_position"])

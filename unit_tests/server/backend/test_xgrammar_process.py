@@ -15,7 +15,7 @@ from unit_tests.server.backend.walks import STOP_IDS, VOCAB_SIZE, allowed_ids, d
 
 # Each test may have to start the process, which takes some seconds.
 pytestmark = pytest.mark.slow
-NEVER_COMPILES = {"type": "regex", "pattern": "((((a{1,100}){1,100}){1,100}){1,100}){1,100}"}
+NESTED = "((((a{1,100}){1,100}){1,100}){1,100}){1,100}"
 TAG = {"type": "tag", "begin": "<f>", "content": {"type": "json_schema", "json_schema": {"type": "object"}}, "end": "!"}
 
 
@@ -90,9 +90,27 @@ def test_what_is_no_grammar_is_refused(process: XgrammarProcess, kind: str, text
     assert len(caught.value.message) <= 200 and ".cc" not in caught.value.message
 
 
-def test_a_grammar_that_never_compiles_ends_in_time_and_the_next_one_compiles(process: XgrammarProcess) -> None:
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("structural_tag", tag_text({"type": "regex", "pattern": NESTED})),
+        ("grammar", 'root ::= x x x x x x x x\nx ::= x x x x x | "a" | "" | root'),
+    ],
+)
+def test_a_grammar_that_takes_longer_with_every_token_is_refused(
+    process: XgrammarProcess, kind: str, text: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"too long to follow|more than 2 seconds"):
+        process.compile(kind, text)
+    assert process.compile("grammar", 'root ::= "a"').accept(ord("a"))
+
+
+def test_a_grammar_that_takes_too_long_to_compile_ends_in_time_and_the_next_one_compiles(
+    process: XgrammarProcess,
+) -> None:
+    rules = "\n".join(f'r{i} ::= "a" r{i + 1}' for i in range(40_000))
     with pytest.raises(InvalidRequest, match="more than 2 seconds"):
-        process.compile("structural_tag", tag_text(NEVER_COMPILES))
+        process.compile("grammar", f'root ::= r0\n{rules}\nr40000 ::= "b"')
     assert process.compile("grammar", 'root ::= "a"').accept(ord("a"))
 
 

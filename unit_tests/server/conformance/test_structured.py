@@ -5,6 +5,8 @@ import json
 import re
 from typing import Any
 
+import openai
+import pydantic
 import pytest
 
 from unit_tests.server.conformance.answers import CHAT, COMPLETIONS, STRANGE_QUESTION, Answer, ask, assert_same, say
@@ -31,6 +33,13 @@ term ::= [0-9] | "(" [a-c] ")"
 """
 EXPRESSION_PATTERN = re.compile(r"(\d|\([a-c]\))(\+(\d|\([a-c]\)))?;")
 ISO_DATE = r"\d{4}-(0[1-9]|1[0-2])-[0-3]\d"
+
+
+class Order(pydantic.BaseModel):
+    """As `ORDER`."""
+
+    name: str = pydantic.Field(max_length=8)
+    count: int = pydantic.Field(ge=0, le=99)
 
 
 def is_order(text: str) -> bool:
@@ -130,3 +139,21 @@ def test_many_at_once_all_match_and_are_what_each_is_alone(pair: Pair) -> None:
         assert FORMS[forms[index % len(forms)]][1](answer.first.text), answer.first.text
     for index in range(0, 32, 5):
         assert_same(ask_one(index), answers[index])
+
+
+def test_the_client_parses_models(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "", **say(CHAT, STRANGE_QUESTION), "temperature": 0, "max_tokens": LENGTH}
+    parsed = client.chat.completions.parse(response_format=Order, **fields).choices[0].message.parsed
+    assert isinstance(parsed, Order)
+    tools = [openai.pydantic_function_tool(Order, name="order")]
+    message = client.chat.completions.parse(tools=tools, tool_choice="required", **fields).choices[0].message
+    assert message.tool_calls and isinstance(message.tool_calls[0].function.parsed_arguments, Order)
+
+
+def test_the_clients_stream_helper_ends_with_the_whole_message(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "", **say(CHAT, STRANGE_QUESTION), "temperature": 0, "max_tokens": LENGTH}
+    with client.chat.completions.stream(response_format=Order, **fields) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.parsed == Order.model_validate_json(final.choices[0].message.content or "")
