@@ -1,6 +1,6 @@
 """What does the API cost? `python -m benchmarks.api_cost`, on the bundled demo checkpoint.
 
-1. Features: one server, always --concurrency requests at a time, all answers of the same length. Nothing special asked
+1. Features: one server, always --concurrency requests at a time, answers of the same lengths. Nothing special asked
    for, against log-probabilities with penalties, against a JSON schema, and against all of it. Penalties and schemas
    change what is written, so with --mtp-step above 0 acceptance differs too: the default compares work alone.
 2. HTTP: the same load as `LLM.generate` in this process, without HTTP.
@@ -71,7 +71,8 @@ Speeds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Load:
-    """So many requests of so many tokens, `concurrency` at a time."""
+    """So many requests, `concurrency` at a time, of `max_tokens` on average: from half to one and a half times as many,
+    since answers that all end in one step would leave the engine idle until the next requests come."""
 
     num_requests: int
     max_tokens: int
@@ -80,8 +81,9 @@ class Load:
     def bodies(self, seed: str, fields: Body) -> list[Body]:
         """Requests for word problems that no other seed has, with these fields."""
         rng = random.Random(seed)
-        shape = {"max_tokens": self.max_tokens, "ignore_eos": True, "temperature": 1.0}
-        return [{"prompt": draw_problem(rng), "seed": i, **shape, **fields} for i in range(self.num_requests)]
+        shape = {"ignore_eos": True, "temperature": 1.0, **fields}
+        lengths = [rng.randint((self.max_tokens + 1) // 2, 3 * self.max_tokens // 2) for _ in range(self.num_requests)]
+        return [{"prompt": draw_problem(rng), "seed": i, "max_tokens": n, **shape} for i, n in enumerate(lengths)]
 
 
 def connect(server: Server) -> http.client.HTTPConnection:
@@ -267,8 +269,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--mtp-step", type=int, default=0, help="draft tokens per step")
     add("--num-threads", type=int, help="CPU threads of every engine; default: the engine's own")
     add("--rounds", type=int, default=7, help="turns of every contestant")
-    add("--requests", type=int, default=48, help="requests of a turn")
-    add("--max-tokens", type=int, default=128, help="tokens of every answer")
+    add("--requests", type=int, default=96, help="requests of a turn")
+    add("--max-tokens", type=int, default=128, help="tokens of an answer, on average")
     add("--concurrency", type=int, default=16, help="requests at a time")
     add("--idle", type=int, default=1000, help="idle streams")
     add("--seconds", type=float, default=6.0, help="length of a turn of the active stream")

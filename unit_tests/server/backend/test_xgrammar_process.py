@@ -16,6 +16,7 @@ from unit_tests.server.backend.walks import STOP_IDS, VOCAB_SIZE, allowed_ids, d
 # Each test may have to start the process, which takes some seconds.
 pytestmark = pytest.mark.slow
 NESTED = "((((a{1,100}){1,100}){1,100}){1,100}){1,100}"
+AMBIGUOUS = " ".join(["x"] * 64)  # takes thirty times as long as it may
 TAG = {"type": "tag", "begin": "<f>", "content": {"type": "json_schema", "json_schema": {"type": "object"}}, "end": "!"}
 
 
@@ -94,7 +95,7 @@ def test_what_is_no_grammar_is_refused(process: XgrammarProcess, kind: str, text
     ("kind", "text"),
     [
         ("structural_tag", tag_text({"type": "regex", "pattern": NESTED})),
-        ("grammar", 'root ::= x x x x x x x x\nx ::= x x x x x | "a" | "" | root'),
+        ("grammar", f'root ::= {AMBIGUOUS}\nx ::= {AMBIGUOUS} | "a" | "" | root'),
     ],
 )
 def test_a_grammar_that_takes_longer_with_every_token_is_refused(

@@ -108,9 +108,9 @@ def assert_same(found: Answer, expected: Answer) -> None:
     """Equal but for what depends on drafts, and for the rounding of log-probabilities."""
     assert len(found.choices) == len(expected.choices)
     for one, other in zip(found.choices, expected.choices, strict=True):
-        assert one.token_ids == other.token_ids
+        assert one.token_ids == other.token_ids, f"{one}\n  is not\n{other}"
         for name in ("text", "reasoning", "calls", "finish_reason", "stop_reason"):
-            assert getattr(one, name) == getattr(other, name), name
+            assert getattr(one, name) == getattr(other, name), f"{name}: {one}\n  is not\n{other}"
         assert_close(one.logprobs, other.logprobs)
         assert_close(one.extras, other.extras)
     assert found.usage[:3] == expected.usage[:3]
