@@ -34,7 +34,10 @@ _GAIN_WEIGHT = 0.02
 # How fast what steps really cost, over what the table says, is learned: from plain steps; as a whole from steps with
 # drafts, which may also be dearer than the table says; and what drafts add, within bounds relative to plain steps.
 _PLAIN_WEIGHT, _BLAME_WEIGHT, _MAX_JUMP = 0.1, 0.003, 4.0
-_DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.5, 6.0)
+_DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.1, 6.0)
+# What so many steps with drafts showed counts as much as the table; each plain step since takes a share of it away. The
+# machine may have been busy when it was measured.
+_TABLE_STEPS, _MEMORY = 5, 0.998
 # Plans without drafts that repeat the one before them without a look.
 _MAX_REPEATED = 3
 # Plans whose choice is remembered.
@@ -169,8 +172,9 @@ class _Costs:
             self._draft.append(self.table.draft(len(self._draft)))
         return self._draft
 
-    def prefixes(self, batch: int, positions: Iterable[int]) -> list[float]:
-        """Seconds of the steps with the first 1, 2, ... of these drafts, each given by its index in its request."""
+    def prefixes(self, batch: int, positions: Iterable[int], factor: float) -> list[float]:
+        """Seconds of the steps with the first 1, 2, ... of these drafts, each given by its index in its request, if
+        what drafts add costs `factor` times what the table says."""
         verify, draft, extend, seconds = self.verify(batch), self.draft(batch), self._extend, []
         alive = [0] * self.mtp_step
         chain, ragged = 0.0, self.ragged(batch)
@@ -182,7 +186,7 @@ class _Costs:
             if key not in extend:
                 extend[key] = self.table.extend(*key)
             added = verify[count] - verify[0] + extend[key] + chain + ragged * (_num_depths(batch, alive) - 1)
-            seconds.append(verify[0] + self.drafting_factor * added)
+            seconds.append(verify[0] + factor * added)
         return seconds
 
     def added(self, widths: Sequence[int], depths: Sequence[int]) -> float:
@@ -203,7 +207,9 @@ class _Costs:
     def step(self, depths: Sequence[int]) -> float:
         """Seconds of a step with these depths."""
         positions = [position for depth in depths for position in range(depth)]
-        return self.prefixes(len(depths), positions)[-1] if positions else self.verify(len(depths))[0]
+        if not positions:
+            return self.verify(len(depths))[0]
+        return self.prefixes(len(depths), positions, self.drafting_factor)[-1]
 
     def rate(self, survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> float:
         """Tokens per second that a step with these depths promises."""
@@ -219,10 +225,10 @@ class Planner:
     drafts are taken by probability, and the number of them is kept that gives most tokens per second.
 
     Probes: what is never proposed is never judged, so now and then a request gets one draft more than pays. This
-    happens only where it would pay if it were accepted every time, and rather for several requests in one step: the
-    draft head and a wider verify cost much for the first of them and little for the others. Who has waited half its
-    interval joins the first that must. What probes cost together is bounded by _PROBE_SHARE: what the table says, or
-    where only probes draft, what their steps really took.
+    happens only where it would pay if it were accepted every time and as cheap as the steps of late leave room for, and
+    rather for several requests in one step: the draft head and a wider verify cost much for the first of them and
+    little for the others. Who has waited half its interval joins the first that must. What probes cost together is
+    bounded by _PROBE_SHARE: what the table says, or where only probes draft, what their steps really took.
 
     `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `plain_factor`.
     """
@@ -233,6 +239,7 @@ class Planner:
         self.server_acceptance = [FIRST_ACCEPTANCE] * mtp_step
         self.plain_factor = 1.0  # what plain steps really cost, over what the table says
         self._added = self._excess = 0.0  # seconds that drafts add to a step: by the table, and on a machine like it
+        self._num_seen = 0.0  # steps that showed it, of late
         self._probe_budget = 0.0
         self._is_plain = True  # the last plan wanted no drafts but those of probes
         self._costs = None if costs is None else _Costs(costs, mtp_step)
@@ -290,7 +297,7 @@ class Planner:
         if question not in self._answers:
             if len(self._answers) >= _MAX_ANSWERS:
                 self._answers.clear()
-            self._answers[question] = _choose(costs, survivals, limits)
+            self._answers[question] = _choose(costs, survivals, limits, costs.drafting_factor)
         return self._answers[question]
 
     def observe(self, request: SpeculationState, num_proposed: int, num_accepted: int) -> None:
@@ -320,24 +327,33 @@ class Planner:
             self._probe_budget -= max(0.0, lost)
         if not has_drafts:
             self.plain_factor += _PLAIN_WEIGHT * (self._bound(seconds / plain) - self.plain_factor)
+            self._num_seen *= _MEMORY
         elif is_typical or not self._is_plain:
             self._learn_drafting(self._costs, plain, self._costs.added(widths, depths), seconds)
         self._measured.add(num_committed / batch * plain * self.plain_factor, seconds)
 
     def _learn_drafting(self, costs: _Costs, plain: float, added: float, seconds: float) -> None:
         """A step that the table says takes plain + added seconds. What plain steps do not explain is due to drafts; but
-        slowly a slower machine is believed too, or it would never be noticed where every step has drafts."""
+        slowly a slower machine is believed too, or it would never be noticed where every step has drafts. A machine
+        that is faster than it ever was is not: the table was wrong then."""
         low, high = _DRAFTING_BOUNDS
         excess = min(seconds / self.plain_factor - plain, high * added)
         # Averages of both rather than of their ratio: where drafts add little, what is measured is mostly noise.
         self._added = self._added or added
         self._excess = self._excess or added
-        self._added += _DRAFTING_WEIGHT * (added - self._added)
-        self._excess += _DRAFTING_WEIGHT * (excess - self._excess)
+        weight = max(_DRAFTING_WEIGHT, 1 / (self._num_seen + _TABLE_STEPS))
+        self._num_seen = min(self._num_seen + 1, 1 / _DRAFTING_WEIGHT)
+        self._added += weight * (added - self._added)
+        self._excess += weight * (excess - self._excess)
         if self._added > 0:
             factor = min(max(self._excess / self._added, low), high)
             costs.drafting_factor = round(factor, 2)
-        self.plain_factor += _BLAME_WEIGHT * (self._bound(seconds / (plain + added)) - self.plain_factor)
+        load = max(self._bound(seconds / (plain + added)), min(self.plain_factor, 1.0))
+        self.plain_factor += _BLAME_WEIGHT * (load - self.plain_factor)
+
+    def _hopeful_factor(self, costs: _Costs) -> float:
+        """What drafts add may cost so little: the less was seen of it lately, the less is known of it."""
+        return costs.drafting_factor * self._num_seen / (self._num_seen + _TABLE_STEPS)
 
     def _bound(self, factor: float) -> float:
         """A step in which something was compiled says nothing of the machine."""
@@ -371,7 +387,7 @@ class Planner:
             [*survival[:depth], *[survival[depth - 1] if depth else 1.0] * room]
             for survival, depth, room in zip(survivals, depths, rooms, strict=True)
         ]
-        hoped = _choose(costs, hopes, limits)
+        hoped = _choose(costs, hopes, limits, self._hopeful_factor(costs))
         before = costs.rate(survivals, depths)
         for index, request in enumerate(requests):
             if _is_due(request, 0.5) and hoped[index] > depths[index]:
@@ -399,7 +415,9 @@ def _is_due(request: SpeculationState, share: float) -> bool:
     return request.num_waiting >= share * request.probe_interval
 
 
-def _choose(costs: _Costs, survivals: Sequence[Sequence[float]], limits: Sequence[int]) -> list[int]:
+def _choose(
+    costs: _Costs, survivals: Sequence[Sequence[float]], limits: Sequence[int], drafting_factor: float
+) -> list[int]:
     """Depths with the most expected tokens per second, as far as `Planner` looks."""
     drafts = sorted(
         (-survival, position, index)
@@ -411,7 +429,7 @@ def _choose(costs: _Costs, survivals: Sequence[Sequence[float]], limits: Sequenc
     for longest in range(1, max(limits) + 1):
         chosen = [draft for draft in drafts if draft[1] < longest]
         num_tokens, num_best = float(batch), 0
-        for count, seconds in enumerate(costs.prefixes(batch, (draft[1] for draft in chosen))):
+        for count, seconds in enumerate(costs.prefixes(batch, (draft[1] for draft in chosen), drafting_factor)):
             num_tokens -= chosen[count][0]
             if num_tokens > best_ratio * seconds:
                 best_ratio, num_best = num_tokens / seconds, count + 1
