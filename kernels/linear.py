@@ -11,18 +11,22 @@ from torch import Tensor
 
 from kernels.cpu.library import load_library
 from kernels.cpu.training import LinearProduct, trains
+from kernels.quantized_linear import QuantizedWeight, Weight, quantized_linear
 
 MAX_ROWS = 64
 _FUNCTIONS = {torch.bfloat16: "linear_bfloat16", torch.float32: "linear_float32", torch.float64: "linear_float64"}
 _PARALLEL_PRODUCTS = 2**19
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in], weight [out, in] of one dtype -> [..., out].
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [..., in], weight [out, in] of one dtype or quantized -> [..., out].
 
     On a CPU, up to MAX_ROWS rows without gradients are summed in float32 or wider, in an order that does not depend on
     the other rows: the same row gives the same bits in any batch. float32 with gradients is multiplied by oneDNN.
+    Quantized weights give a row the same bits in batches of any size.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight)
     if x.device.type == "cpu" and x.numel() <= MAX_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         library = load_library()
         if library is not None and weight.dtype in _FUNCTIONS and weight.is_contiguous():

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.gpu.dispatch import runs_triton
 from kernels.linear import linear
+from kernels.quantized_linear import QuantizedWeight, Weight
 
 
 def route(router_logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
@@ -32,8 +33,8 @@ def route_torch(router_logits: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]
 
 def run_experts(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     weights: Tensor,
     experts: Tensor,
     shared: Tensor,
@@ -44,18 +45,18 @@ def run_experts(
     x [N, H]; gate_up [E, 2I, H] (gate rows first); down [E, H, I]; weights, experts [N, k]; shared [N, H], the shared
     expert's output, and shared_gate [N, 1]. Returns [N, H]. The sum of a token does not depend on the other tokens.
     """
-    inputs = (x, gate_up, down, weights, experts, shared, shared_gate)
-    if runs_triton(x):
+    routed = (weights, experts, shared, shared_gate)
+    if runs_triton(x) and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         from kernels.gpu.moe import run_experts as run_experts_triton
 
-        return run_experts_triton(*inputs)
-    return run_experts_torch(*inputs)
+        return run_experts_triton(x, gate_up, down, *routed)
+    return run_experts_torch(x, gate_up, down, *routed)
 
 
 def run_experts_torch(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     weights: Tensor,
     experts: Tensor,
     shared: Tensor,
@@ -66,7 +67,11 @@ def run_experts_torch(
     out = torch.zeros_like(x)
     for expert in experts.unique().tolist():
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        part = linear(silu_and_mul(linear(x[token], gate_up[expert])), down[expert])
+        part = linear(silu_and_mul(linear(x[token], _of_expert(gate_up, expert))), _of_expert(down, expert))
         out.index_add_(0, token, part * weights[token, choice, None])
     # The gate as wide as x, so that the sigmoid of a row does not depend on how many rows share a vector register.
     return out + shared_gate.expand_as(x).sigmoid() * shared
+
+
+def _of_expert(weights: Weight, expert: int) -> Weight:
+    return weights.expert(expert) if isinstance(weights, QuantizedWeight) else weights[expert]

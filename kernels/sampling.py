@@ -16,6 +16,7 @@ from kernels.cpu.library import load_library
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = 0xFFFFFFFF
+_PARALLEL_NUMBERS = 2**16
 
 
 def apply_penalties(
@@ -48,12 +49,20 @@ def draw(
     positions [N] int64, where the position is the drawn token's own. A filter keeps tokens that tie with the last one
     it keeps.
     """
-    token_ids = logits.argmax(-1)
     sampled = temperature.nonzero().squeeze(1)
     if len(sampled) == 0:
-        return token_ids
+        return logits.argmax(-1)
+    library = load_library() if logits.device.type == "cpu" else None
+    is_filtered = bool((((top_k > 0) | (top_p < 1) | (min_p > 0)) & (temperature > 0)).any())
+    if library is not None and not is_filtered:
+        return _draw_cpp(library, logits, temperature, seeds, positions)
+    token_ids = logits.argmax(-1)
     scaled = logits[sampled] / temperature[sampled, None].to(logits.dtype)
-    scaled = _filter(scaled, top_k[sampled], top_p[sampled], min_p[sampled])
+    if is_filtered:
+        scaled = _filter(scaled, top_k[sampled], top_p[sampled], min_p[sampled])
+    if library is not None:
+        token_ids[sampled] = _draw_cpp(library, scaled, torch.ones(len(sampled)), seeds[sampled], positions[sampled])
+        return token_ids
     noise = gumbel_noise(seeds[sampled], positions[sampled], logits.shape[1], logits.dtype)
     token_ids[sampled] = (scaled + noise).argmax(-1)
     return token_ids
@@ -61,8 +70,7 @@ def draw(
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel noise [N, V] in `dtype`, a pure function of seeds and positions [N] int64 and the token id."""
-    library = load_library() if seeds.device.type == "cpu" else None
-    first, second = row_keys_torch(seeds, positions) if library is None else _row_keys_cpp(library, seeds, positions)
+    first, second = row_keys(seeds, positions)
     ids = torch.arange(vocab_size, device=seeds.device, dtype=torch.int32)
     bits = _mix(_mix(ids ^ first[:, None]) + second[:, None])
     # u is small where the noise is large, so its relative precision carries the tail.
@@ -87,8 +95,6 @@ def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     """-inf outside the kept set. min_p is relative to the best token, top_p is over what min_p and top_k left."""
     has_top_k = (top_k > 0).tolist()
     needs = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    if not bool(needs.any()):
-        return scaled
     vocab_size = scaled.shape[1]
     width = min(int(top_k.max()), vocab_size) if all(has_top_k) else vocab_size
     best = scaled.topk(width, dim=-1).values
@@ -102,7 +108,7 @@ def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     return scaled.masked_fill(scaled < torch.where(needs[:, None], cutoff, -torch.inf), -torch.inf)
 
 
-def row_keys_torch(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def row_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The law of a row's key, two int32 words: Philox4x32-10 with the position as counter and the seed as key."""
     words = [positions & _LOW_32, (positions >> 32) & _LOW_32, torch.zeros_like(positions), torch.zeros_like(positions)]
     key = [seeds & _LOW_32, (seeds >> 32) & _LOW_32]
@@ -114,10 +120,17 @@ def row_keys_torch(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return _to_int32(words[0]), _to_int32(words[1])
 
 
-def _row_keys_cpp(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    seeds, positions, keys = seeds.contiguous(), positions.contiguous(), torch.empty(2, len(seeds), dtype=torch.int32)
-    library.row_keys_int64(seeds.data_ptr(), positions.data_ptr(), keys.data_ptr(), len(seeds))
-    return keys[0], keys[1]
+def _draw_cpp(library: ctypes.CDLL, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """`draw` without filters; the noise is the law's but for its last bits."""
+    rows, vocab_size = logits.shape
+    inputs = [logits, temperature.to(logits.dtype), seeds, positions]
+    inputs = [tensor.contiguous() for tensor in inputs]
+    token_ids = torch.empty(rows, dtype=torch.int64)
+    num_threads = torch.get_num_threads() if logits.numel() >= _PARALLEL_NUMBERS else 1
+    function = library.draw_float32 if logits.dtype == torch.float32 else library.draw_float64
+    addresses = [tensor.data_ptr() for tensor in (*inputs, token_ids)]
+    function(*addresses, rows, vocab_size, num_threads)
+    return token_ids
 
 
 def _to_int32(word: Tensor) -> Tensor:

@@ -36,6 +36,12 @@ def read_turn_ids(directory: str | Path) -> frozenset[int]:
     return frozenset(entry["id"] for entry in added if entry.get("content") == TURN_TOKEN)
 
 
+def read_added_ids(directory: str | Path) -> frozenset[int]:
+    """The ids of tokenizer.json's added tokens: all special ones, and those that mark thinking and tool calls."""
+    tokenizer = _read_optional(Path(directory) / "tokenizer.json")
+    return frozenset(entry["id"] for entry in tokenizer.get("added_tokens") or [])
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kernels.quantized_linear import QuantizedWeight
 from models.config import read_json
 from models.errors import CheckpointError
 from models.qwen3_5.model import Qwen35
@@ -61,11 +62,16 @@ def fill_randomly(target: Qwen35, draft: Qwen35MTP | None, seed: int = 0) -> Non
     """Random weights made where they lie, under which activations stay of ordinary size: for speed only."""
     for model in (target, draft):
         for name, param in model.named_parameters() if model else ():
+            if name.endswith((".words", ".scales")):
+                continue
             generator = torch.Generator(param.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             if name.endswith(("scale", "norm_weight")):
                 param.fill_(1.0)
             else:
                 param.normal_(0, param.shape[-1] ** -0.5 if param.dim() > 1 else 0.5, generator=generator)
+        for name, weight in model.named_modules() if model else ():
+            if isinstance(weight, QuantizedWeight):
+                weight.fill_randomly(torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
 
 
 def export_tensors(target: Qwen35, draft: Qwen35MTP | None) -> dict[str, Tensor]:
@@ -107,7 +113,7 @@ class _Filler:
         self.has_draft = draft is not None
         self.is_tied = target.config.tie_word_embeddings
         self.seen: set[str] = set()
-        self.num_filled: dict[nn.Parameter, int] = {slot.param: 0 for slot in slots}
+        self.num_filled: dict[nn.Parameter | QuantizedWeight, int] = {slot.param: 0 for slot in slots}
         self.num_skipped: dict[str, int] = {}
 
     def fill(self, raw_name: str, tensor: Tensor | FileTensor) -> None:
@@ -127,7 +133,7 @@ class _Filler:
         if name in self.seen:
             raise CheckpointError(f"tensor {raw_name} is in the checkpoint twice")
         self.seen.add(name)
-        self.num_filled[slot.param] += slot.view.numel()
+        self.num_filled[slot.param] += slot.numel()
         slot.load(tensor)
 
     def finish(self) -> None:
@@ -149,7 +155,7 @@ class _Filler:
         if self.num_filled[slot.param] == slot.param.numel() or slot.name in self.seen:
             return False
         some_came = self.num_filled[slot.param] > 0
-        is_fused_alternative = slot.view.numel() == slot.param.numel() and slot.param.dim() == 3
+        is_fused_alternative = slot.numel() == slot.param.numel() and slot.param.dim() == 3
         return is_fused_alternative != some_came if slot.param.dim() == 3 else True
 
     def _skip_reason(self, name: str) -> str | None:

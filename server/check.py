@@ -15,7 +15,7 @@ from server.backend.runner import read_needs
 from server.config import EngineConfig, ServerConfig
 from server.errors import CheckpointError, InvalidRequest
 from server.http_server import check_certificate
-from server.tokenizer import Tokenizer
+from server.tokenizer import Tokenizer, read_template
 
 
 def check(engine_config: EngineConfig, config: ServerConfig) -> str:
@@ -34,12 +34,14 @@ def _check(engine_config: EngineConfig, config: ServerConfig) -> str:
     directory = engine_config.model
     device = choose_device(engine_config.device)
     model, dtype, num_mtp_layers, backends = read_needs(engine_config, device)
-    tokenizer = Tokenizer(directory)
+    template = None if config.chat_template is None else read_template(config.chat_template)
+    tokenizer = Tokenizer(directory, template)
     _check_vocabulary(tokenizer, model)
     read_defaults(directory, config.generation_config, config.override_generation_config or {})
     read_stop_ids(directory)
     read_turn_ids(directory)
-    target, draft = build(model, mtp=engine_config.mtp_step > 0, dtype=dtype, device="meta")
+    mtp, quantization = engine_config.mtp_step > 0, engine_config.quantization
+    target, draft = build(model, mtp, dtype=dtype, device="meta", quantization=quantization)
     num_tensors = check_weights(directory, target, draft) if engine_config.load_format == "auto" else 0
     sizes = measure_sizes(engine_config, model, num_mtp_layers, dtype, backends)
     plan = plan_memory(engine_config, model, sizes, free_memory(device))
@@ -47,12 +49,16 @@ def _check(engine_config: EngineConfig, config: ServerConfig) -> str:
     kernels = f"attention by {backends.attention}, delta nets by {backends.gdn}"
     lines = [
         f"checkpoint: {Path(directory).resolve()}, {num_layers} layers, {num_tensors} tensors as config.json asks",
-        f"device:     {device}, {str(dtype).removeprefix('torch.')}, {kernels}",
+        f"device:     {device}, {str(dtype).removeprefix('torch.')}, {_describe_quantization(quantization)}{kernels}",
         f"tokenizer:  {tokenizer.vocab_size} tokens, {_describe_template(tokenizer)}",
         f"drafts:     mtp_step {engine_config.mtp_step}, the checkpoint has {model.num_mtp_layers} MTP layers",
         describe_memory(plan),
     ]
     return "\n".join(lines)
+
+
+def _describe_quantization(quantization: str) -> str:
+    return "" if quantization == "none" else f"weights {quantization}, "
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

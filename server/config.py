@@ -17,6 +17,8 @@ MAX_MTP_STEP = 8
 MAX_CHUNK = 65535
 # Newest positions per request that the draft head catches up on when drafts are wanted again; it never sees older ones.
 MAX_BEHIND = 16
+# Default of --draft-vocab-size.
+DRAFT_VOCAB_SIZE = 32768
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 # Values of --generation-config that are no directory; the last one by vLLM's name.
 OF_THE_CHECKPOINT, NEUTRAL = "auto", ("none", "vllm")
@@ -48,6 +50,11 @@ class EngineConfig:
         "weights and activations; auto: the checkpoint's. float64 removes rounding as a cause of differences",
         ("auto", "bfloat16", "float32", "float64"),
     )
+    quantization: str = _model(
+        "none",
+        "weights of matrices, on a CPU: int8 or int4 numbers with a scale for each 32 of an output, made at load",
+        ("none", "int8", "int4"),
+    )
     load_format: str = _model(
         "auto", "where weights come from; auto: the checkpoint, dummy: random ones, to measure speed", ("auto", "dummy")
     )
@@ -56,6 +63,11 @@ class EngineConfig:
         "auto",
         "how drafts are chained: eagle reuses one MTP layer, vanilla uses one layer per draft; auto: by layer count",
         ("auto", "eagle", "vanilla"),
+    )
+    draft_vocab_size: int | None = _speculation(
+        None,
+        "tokens that are guessed: so many of the lowest ids, which byte-pair encoding gives to the most frequent, and "
+        f"added ones; no output changes. 0: all; default: {DRAFT_VOCAB_SIZE} of vocabularies four times as large",
     )
     speculation: str = _speculation(
         "adaptive",
@@ -117,6 +129,8 @@ class EngineConfig:
         _require_choices(self)
         if not 0 <= self.mtp_step <= MAX_MTP_STEP:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
+        if self.draft_vocab_size is not None and self.draft_vocab_size < 0:
+            raise ConfigError(f"--draft-vocab-size is {self.draft_vocab_size}, it must be at least 0")
         for name in ("chunked_prefill_size", "page_size", "checkpoint_interval"):
             _require_positive(name, getattr(self, name))
         for name in (
@@ -207,6 +221,9 @@ class ServerConfig:
         f"another directory; {NEUTRAL[0]}: temperature 1 and no filters",
     )
     override_generation_config: Mapping[str, Any] | None = _requests(None, "defaults of sampling that go before those")
+    chat_template: str | None = _requests(
+        None, "chat template (Jinja) instead of the checkpoint's: a file with it, or the template itself"
+    )
     default_chat_template_kwargs: Mapping[str, Any] | None = _requests(
         None, "defaults of chat_template_kwargs, such as enable_thinking"
     )

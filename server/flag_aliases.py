@@ -71,6 +71,7 @@ ALIASES = (
     Alias(("model-path", "model-dir"), "model"),
     Alias(("model-name",), "served_model_name"),
     Alias(("data-type",), "dtype", renamed(**_DTYPES)),
+    Alias(("quant-type",), "quantization", only("none")),
     Alias(("context-length", "max-req-total-len"), "max_model_len"),
     Alias(("gpu-memory-utilization", "mem-fraction"), "mem_fraction_static"),
     Alias(("block-size",), "page_size"),
@@ -98,9 +99,18 @@ ALIASES = (
     Alias(("reasoning-parser",), None, only("qwen3")),
     Alias(("tool-call-parser",), None, only("qwen3_coder", "qwen3_xml")),
     Alias(
-        ("enable-auto-tool-choice", "enable-chunked-prefill", "enable-metrics", "trust-remote-code"), None, value=True
+        (
+            *("enable-auto-tool-choice", "enable-chunked-prefill", "enable-metrics", "trust-remote-code"),
+            *("per-request-spec-decode-metrics", "enable-prompt-tokens-details", "language-model-only"),
+        ),
+        None,
+        value=True,
     ),
     Alias(("kv-cache-dtype",), None, only("auto")),
+    Alias(("chat-template-content-format",), None, only("auto", "string")),
+    Alias(("stream-interval",), None, only("1")),
+    # What is asked for again and again is not logged, and throughput by the second.
+    Alias(("disable-access-log-for-endpoints", "decode-log-interval"), None),
     Alias(
         (
             *("tensor-parallel-size", "tp-size", "tp", "pipeline-parallel-size", "pp-size"),

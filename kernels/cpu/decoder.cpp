@@ -11,7 +11,7 @@
 
 #include "attention.h"
 #include "gated_delta_net.h"
-#include "products.h"
+#include "matrix.h"
 #include "random.h"
 #include "rms_norm.h"
 
@@ -28,14 +28,14 @@ struct Sizes {
 template <typename W, typename F>
 struct Layer {
     const F *input_norm, *post_norm, *q_norm, *k_norm, *conv, *a_log, *dt_bias, *delta_norm;
-    const W *in_proj, *out_proj, *gate_up, *down, *router, *shared_gate_up, *shared_down, *shared_gate;
+    Matrix<W> in_proj, out_proj, gate_up, down, router, shared_gate_up, shared_down, shared_gate;
     int64_t cache_layer;
 };
 
 // What stands before the layers: the embedding of token_ids, and for a draft head fc over [norm of that, norm of hidden].
 template <typename W, typename F>
 struct Front {
-    const W *embedding, *fc;
+    Matrix<W> embedding, fc;
     const F *embedding_norm, *hidden_norm;
 };
 
@@ -95,11 +95,8 @@ struct Decoder {
 
     void enter(const Front<W, F>& front, const F* hidden) {
         const int64_t H = n.hidden;
-        for (int64_t r = 0; r < N; ++r) {
-            const W* row = front.embedding + batch.token_ids[r] * H;
-            for (int64_t i = 0; i < H; ++i) x[r * H + i] = widen(row[i]);
-        }
-        if (front.fc == nullptr) return;
+        for (int64_t r = 0; r < N; ++r) front.embedding.read(batch.token_ids[r], x.get() + r * H, H);
+        if (front.fc.weights == nullptr) return;
         const auto pairs = buffer<F>(N * 2 * H);
         for (int64_t r = 0; r < N; ++r) {
             rms_norm_row(x.get() + r * H, front.embedding_norm, pairs.get() + r * 2 * H, H, eps);
@@ -121,8 +118,8 @@ struct Decoder {
         });
     }
 
-    void product(const F* rows, const W* weight, F* out, int64_t K, int64_t columns) {
-        multiply(team, rows, weight, out, N, K, columns);
+    void product(const F* rows, const Matrix<W>& weight, F* out, int64_t K, int64_t columns, int64_t first = 0) {
+        multiply(team, rows, weight, out, N, K, columns, first);
     }
 
     void rotate(F* head, int64_t position) const {
@@ -168,7 +165,7 @@ struct Decoder {
         const int64_t key_columns = 2 * n.kv_heads * n.head_dim, query_columns = 2 * n.heads * n.head_dim;
         W* kv = layer_kv(layer);
         add_and_norm(layer.input_norm, normed.get(), false);
-        product(normed.get(), layer.in_proj + query_columns * n.hidden, projected.get(), n.hidden, key_columns);
+        product(normed.get(), layer.in_proj, projected.get(), n.hidden, key_columns, query_columns);
         team.each(N * n.kv_heads, [&](int64_t task) {
             const int64_t r = task / n.kv_heads;
             store_head(layer, kv, projected.get() + r * key_columns, r, task % n.kv_heads);
@@ -242,7 +239,7 @@ struct Decoder {
         });
     }
 
-    void feed_forward(const W* gate_up, const W* down, int64_t size) {
+    void feed_forward(const Matrix<W>& gate_up, const Matrix<W>& down, int64_t size) {
         product(normed.get(), gate_up, wide.get(), n.hidden, 2 * size);
         activate(wide.get(), narrow_rows.get(), N, size);
         product(narrow_rows.get(), down, added.get(), size, n.hidden);
@@ -277,9 +274,9 @@ struct Decoder {
     }
 
     // The rows of one expert.
-    void multiply_expert(int64_t e, const F* rows, const W* weights, F* out, int64_t K, int64_t columns) const {
-        const int64_t first = first_of[e], count = first_of[e + 1] - first;
-        if (count > 0) multiply(team, rows + first * K, weights + e * K * columns, out + first * columns, count, K, columns);
+    void multiply_expert(int64_t e, const F* rows, const Matrix<W>& weights, F* out, int64_t K, int64_t columns) const {
+        const int64_t first = first_of[e], count = first_of[e + 1] - first, output = weights.start_of(e, columns);
+        if (count > 0) multiply(team, rows + first * K, weights, out + first * columns, count, K, columns, output);
     }
 
     void run_experts(const Layer<W, F>& layer) {
@@ -322,7 +319,7 @@ struct Decoder {
                 mix_deltas(layer);
             product(mixed.get(), layer.out_proj, added.get(), is_attention ? n.heads * n.head_dim : value_size, n.hidden);
             add_and_norm(layer.post_norm, normed.get(), true);
-            if (layer.router != nullptr)
+            if (layer.router.weights != nullptr)
                 run_experts(layer);
             else
                 feed_forward(layer.gate_up, layer.down, n.intermediate);
@@ -342,12 +339,6 @@ struct Decoder {
     }
 };
 
-// Index of the largest of a row, the first of equals.
-template <typename F>
-int64_t argmax(const F* row, int64_t size) {
-    return std::max_element(row, row + size) - row;
-}
-
 // The chain of a draft head with one layer. Of the pass's rows it needs keys and values, and its output at the newest row
 // of each request that wants a draft; then it runs on its own guesses, one row a request.
 template <typename W, typename F>
@@ -355,8 +346,9 @@ struct Chain {
     const F* temperatures;        // [B]; 0: the largest logit is the guess
     const int64_t* seeds;         // [B]
     const int64_t *last, *alive;  // [B] index of each request's newest row; [depth] requests that want so many drafts
-    const W* head;                // [V, H]
-    int64_t vocab, depth;
+    Matrix<W> head;               // [V, H]
+    int64_t first_ids, tail, vocab;  // guesses are of the tokens below first_ids and those from `tail` on
+    int64_t depth;
     int64_t* drafts;  // [B, depth]; what a request does not want is left as it is
 };
 
@@ -366,7 +358,9 @@ void propose(const Team& team, const Sizes& n, const Front<W, F>& front, const L
              const Chain<W, F>& chain) {
     const int64_t H = n.hidden;
     pass.store_keys(*layer);
-    const auto hidden = buffer<F>(batch.requests * H), logits = buffer<F>(batch.requests * chain.vocab);
+    const int64_t tail_ids = chain.vocab - chain.tail;
+    const auto hidden = buffer<F>(batch.requests * H);
+    const auto logits = buffer<F>(batch.requests * chain.first_ids), tail_logits = buffer<F>(batch.requests * tail_ids);
     std::vector<int64_t> offsets(batch.requests + 1), positions(batch.requests), newest(batch.requests);
     std::iota(offsets.begin(), offsets.end(), 0);
     for (int64_t b = 0; b < batch.requests; ++b) positions[b] = batch.positions[chain.last[b]] - 1;
@@ -382,12 +376,13 @@ void propose(const Team& team, const Sizes& n, const Front<W, F>& front, const L
         else
             decoder.enter(front, hidden.get());
         decoder.run(layer, 1, final_norm, hidden.get());
-        multiply(team, hidden.get(), chain.head, logits.get(), alive, H, chain.vocab);
+        multiply(team, hidden.get(), chain.head, logits.get(), alive, H, chain.first_ids);
+        multiply(team, hidden.get(), chain.head, tail_logits.get(), alive, H, tail_ids, chain.tail);
         team.each(alive, [&](int64_t b) {
-            F* row = logits.get() + b * chain.vocab;
-            if (chain.temperatures[b] > 0)  // positions[b] + 2 is that of the guess
-                add_gumbel_noise(row, chain.vocab, chain.temperatures[b], row_key(chain.seeds[b], positions[b] + 2));
-            newest[b] = chain.drafts[b * chain.depth + step] = argmax(row, chain.vocab);
+            Draw<F> draw{chain.temperatures[b], row_key(chain.seeds[b], positions[b] + 2)};  // the guess's own position
+            draw.take(logits.get() + b * chain.first_ids, chain.first_ids, 0);
+            draw.take(tail_logits.get() + b * tail_ids, tail_ids, chain.tail);
+            newest[b] = chain.drafts[b * chain.depth + step] = draw.token_id;
         });
     }
 }

@@ -19,15 +19,14 @@ from torch import Tensor
 from kernels.cpu.library import load_library
 from kernels.gated_delta_rule import DeltaRing
 from kernels.gpu.dispatch import runs_triton
+from kernels.quantized_linear import QuantizedWeight, Weight
 
 MAX_HEAD_DIM = 1024  # of an attention head
 # Multiplications per layer below which a second thread costs more than it does.
 _PARALLEL_PRODUCTS = 2**20
 _FUNCTIONS = {torch.bfloat16: "decoder_bfloat16", torch.float32: "decoder_float32", torch.float64: "decoder_float64"}
-_WEIGHT_NAMES = (
-    *("input_norm", "post_norm", "q_norm", "k_norm", "conv", "a_log", "dt_bias", "delta_norm"),
-    *("in_proj", "out_proj", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate"),
-)
+_VECTOR_NAMES = ("input_norm", "post_norm", "q_norm", "k_norm", "conv", "a_log", "dt_bias", "delta_norm")
+_MATRIX_NAMES = ("in_proj", "out_proj", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate")
 
 
 class DecoderSizes(ctypes.Structure):
@@ -69,25 +68,44 @@ class DecoderPlace(NamedTuple):
     is_known: bool = False
 
 
+class DraftVocabulary(NamedTuple):
+    """The tokens below num_first and those from `tail` on."""
+
+    num_first: int
+    tail: int
+
+
 class DraftChain(NamedTuple):
     """What a chain of guesses starts from: the flat index last [B] of each request's newest row. alive[d] requests,
-    which come first, want more than d guesses. `head` [V, H] makes the logits; a guess is the largest one, or where
-    temperatures [B] is not 0 a draw from softmax(logits / temperature) with the random numbers of (seeds [B], the
-    guess's own position): see kernels/sampling.py."""
+    which come first, want more than d guesses. `head` [V, H] makes the logits; of those in `vocabulary` a guess is the
+    largest one, or where temperatures [B] is not 0 a draw from softmax(logits / temperature) with the random numbers of
+    (seeds [B], the guess's own position): see kernels/sampling.py."""
 
     last: Tensor
     alive: Sequence[int]
-    head: Tensor
+    head: Weight
+    vocabulary: DraftVocabulary
     temperatures: Tensor
     seeds: Tensor
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weights", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bits", ctypes.c_int64)]
+
+
 class _Front(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("embedding", "fc", "embedding_norm", "hidden_norm")]
+    _fields_ = [
+        *((name, _Matrix) for name in ("embedding", "fc")),
+        *((name, ctypes.c_void_p) for name in ("embedding_norm", "hidden_norm")),
+    ]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in _WEIGHT_NAMES), ("cache_layer", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _VECTOR_NAMES),
+        *((name, _Matrix) for name in _MATRIX_NAMES),
+        ("cache_layer", ctypes.c_int64),
+    ]
 
 
 class _Batch(ctypes.Structure):
@@ -99,8 +117,10 @@ class _Batch(ctypes.Structure):
 
 class _Chain(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("temperatures", "seeds", "last", "alive", "head")),
-        *(("vocab", ctypes.c_int64), ("depth", ctypes.c_int64), ("drafts", ctypes.c_void_p)),
+        *((name, ctypes.c_void_p) for name in ("temperatures", "seeds", "last", "alive")),
+        ("head", _Matrix),
+        *((name, ctypes.c_int64) for name in ("first_ids", "tail", "vocab", "depth")),
+        ("drafts", ctypes.c_void_p),
     ]
 
 
@@ -117,17 +137,17 @@ class Decoder:
     """Layers whose weights stay where they are: updated in place they are seen, moved elsewhere not.
 
     front: the `embedding` [V, H], and for a draft head `fc` [H, 2H] with `embedding_norm` and `hidden_norm`.
-    layers: (weights by the names in _WEIGHT_NAMES, index in the KV or GDN part of the cache). A layer with a q_norm is
-    attention, one with a router is sparse. Norm scales are 1 + w. final_norm [H]; frequencies [rotary_dim / 2] of the
-    rotary embedding. Matrices are of one dtype, everything else float32 or wider. `num_products`: multiplications per
-    row and layer.
+    layers: (weights by the names in _VECTOR_NAMES and _MATRIX_NAMES, index in the KV or GDN part of the cache). A layer
+    with a q_norm is attention, one with a router is sparse. Norm scales are 1 + w. final_norm [H]; frequencies
+    [rotary_dim / 2] of the rotary embedding. Matrices are of one dtype or quantized from it, everything else float32 or
+    wider. `num_products`: multiplications per row and layer.
     """
 
     def __init__(
         self,
         sizes: DecoderSizes,
-        front: Mapping[str, Tensor],
-        layers: Sequence[tuple[Mapping[str, Tensor], int]],
+        front: Mapping[str, Weight],
+        layers: Sequence[tuple[Mapping[str, Weight], int]],
         final_norm: Tensor,
         frequencies: Tensor,
         eps: float,
@@ -135,11 +155,10 @@ class Decoder:
         assert sizes.head_dim <= MAX_HEAD_DIM and sizes.rotary_dim <= sizes.head_dim
         self._sizes, self._final_norm, self._frequencies, self._eps = sizes, final_norm, frequencies, eps
         self._weights = [front, *(weights for weights, _ in layers)]  # keeps them alive
-        assert all(tensor.is_contiguous() for weights in self._weights for tensor in weights.values())
-        assert all(set(weights) <= set(_WEIGHT_NAMES) for weights, _ in layers)
-        self._front = _Front(**_pointers(front))
+        assert all(set(weights) <= {*_VECTOR_NAMES, *_MATRIX_NAMES} for weights, _ in layers)
+        self._front = _Front(**_places(front))
         self._layers = (_Layer * len(layers))(
-            *(_Layer(**_pointers(weights), cache_layer=index) for weights, index in layers)
+            *(_Layer(**_places(weights), cache_layer=index) for weights, index in layers)
         )
         self.num_products = sum(_count_products(weights, sizes) for weights, _ in layers) // len(layers)
         self._dtype = front["embedding"].dtype
@@ -162,10 +181,9 @@ class Decoder:
         drafts = torch.zeros(len(chain.last), len(chain.alive), dtype=torch.int64)
         inputs = [chain.temperatures.to(self._final_norm.dtype), chain.seeds, chain.last, torch.tensor(chain.alive)]
         inputs = [tensor.contiguous() for tensor in inputs]
-        addresses = [tensor.data_ptr() for tensor in (*inputs, chain.head)]
-        self._call(
-            token_ids, memory, place, hidden, _Chain(*addresses, len(chain.head), drafts.shape[1], drafts.data_ptr())
-        )
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        sizes = (*chain.vocabulary, chain.head.shape[0], drafts.shape[1])
+        self._call(token_ids, memory, place, hidden, _Chain(*addresses, _matrix(chain.head), *sizes, drafts.data_ptr()))
         return drafts
 
     def _call(
@@ -207,12 +225,24 @@ def serves(weight: Tensor) -> bool:
     return is_candidate and not runs_triton(weight) and load_library() is not None
 
 
-def _count_products(weights: Mapping[str, Tensor], sizes: DecoderSizes) -> int:
+def _count_products(weights: Mapping[str, Weight], sizes: DecoderSizes) -> int:
     """Multiplications per row: of all experts' matrices only the chosen share."""
     sparse = sum(weight.numel() for weight in weights.values() if weight.dim() == 3)
     dense = sum(weight.numel() for weight in weights.values() if weight.dim() == 2)
     return dense + sparse * sizes.experts_per_token // max(1, sizes.experts)
 
 
-def _pointers(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in weights.items()}
+def _places(weights: Mapping[str, Weight]) -> dict[str, int | _Matrix]:
+    matrices = {*_MATRIX_NAMES, "embedding", "fc"}
+    return {name: _matrix(weight) if name in matrices else _address(weight) for name, weight in weights.items()}
+
+
+def _matrix(weight: Weight) -> _Matrix:
+    if isinstance(weight, QuantizedWeight):
+        return _Matrix(weight.words.data_ptr(), weight.scales.data_ptr(), weight.bits)
+    return _Matrix(_address(weight), None, 0)
+
+
+def _address(weight: Weight) -> int:
+    assert isinstance(weight, Tensor) and weight.is_contiguous()
+    return weight.data_ptr()

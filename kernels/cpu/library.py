@@ -23,10 +23,12 @@ _FLAGS = (
 _POINTER, _SIZE, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
     "linear": ((*[_POINTER] * 3, *[_SIZE] * 3, _COUNT), ("bfloat16", "float32", "float64")),
+    "quantized_linear": ((*[_POINTER] * 4, *[_SIZE] * 5, _COUNT), ("float32",)),
+    "store_quantized": ((*[_POINTER] * 4, *[_SIZE] * 3, _COUNT), ("float32",)),
     "attention": ((_POINTER, _SIZE, _SIZE, *[_POINTER] * 5, _COUNT), ("bfloat16", "float32", "float64")),
     "rms_norm": ((*[_POINTER] * 3, _SIZE, _SIZE, _REAL), ("float32", "float64")),
     "accept": ((*[_POINTER] * 7, *[_SIZE] * 3), ("int64",)),
-    "row_keys": ((*[_POINTER] * 3, _SIZE), ("int64",)),
+    "draw": ((*[_POINTER] * 5, _SIZE, _SIZE, _COUNT), ("float32", "float64")),
     "decoder": (
         (*[_POINTER] * 3, _SIZE, _POINTER, _POINTER, _REAL, *[_POINTER] * 5, _COUNT),
         ("bfloat16", "float32", "float64"),

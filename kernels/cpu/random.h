@@ -2,7 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "elementwise.h"
 
@@ -33,17 +36,55 @@ inline uint32_t mix(uint32_t x) {
     return x ^ x >> 16;
 }
 
-// logits [size] / temperature plus Gumbel noise, which is the law's but for its last bits: good for guesses.
+// -ln(1 - u) for u in (0, 1): its series where 1 - u would lose digits.
+inline double exponential_time(double u) { return -std::log1p(-u); }
+inline float exponential_time(float u) {
+    float p = 1.0f / 6;
+    p = p * u + 1.0f / 5;
+    p = p * u + 1.0f / 4;
+    p = p * u + 1.0f / 3;
+    p = p * u + 1.0f / 2;
+    p = p * u + 1.0f;
+    return u < 0.06f ? p * u : -logarithm(1.0f - u);
+}
+
+// The first of the largest of all logits / temperature + Gumbel noise; without noise where the temperature is 0. A NaN
+// is never it.
 template <typename F>
-void add_gumbel_noise(F* logits, int64_t size, F temperature, RowKey key) {
-    const F scale = F(1) / temperature;
+struct Draw {
+    F temperature;
+    RowKey key;
+    F best = -std::numeric_limits<F>::infinity();
+    int64_t token_id = 0;
+
+    // logits [size] of the token `first_id` and those behind it.
+    void take(const F* logits, int64_t size, int64_t first_id);
+};
+
+template <typename F>
+void Draw<F>::take(const F* logits, int64_t size, int64_t first_id) {
+    constexpr int64_t BLOCK = 256;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, size - start);
+        F noisy[BLOCK];
+        const F* values = logits + start;
+        if (temperature > 0) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-        const uint32_t bits = mix(mix(uint32_t(i) ^ key.first) + key.second);
-        F u = (F(bits) + F(0.5)) * F(1.0 / 4294967296.0);
-        u = u > F(1 - 1.0 / 16777216) ? F(1 - 1.0 / 16777216) : u;
-        const F wait = u < F(1e-3) ? u * (F(1) + u * (F(0.5) + u / F(3))) : -logarithm(F(1) - u);
-        logits[i] = logits[i] * scale - logarithm(wait);
+            for (int64_t i = 0; i < count; ++i) {
+                const uint32_t bits = mix(mix(uint32_t(first_id + start + i) ^ key.first) + key.second);
+                F u = (F(bits) + F(0.5)) * F(1.0 / 4294967296.0);
+                u = u > F(1 - 1.0 / 16777216) ? F(1 - 1.0 / 16777216) : u;
+                noisy[i] = values[i] / temperature - logarithm(exponential_time(u));
+            }
+            values = noisy;
+        }
+        F highest = best;
+#pragma omp simd reduction(max : highest)
+        for (int64_t i = 0; i < count; ++i) highest = values[i] > highest ? values[i] : highest;
+        if (highest > best) {
+            best = highest;
+            token_id = first_id + start + (std::find(values, values + count, highest) - values);
+        }
     }
 }
 

@@ -369,7 +369,7 @@ def _token_of(rank):
 
 @triton.jit
 def _make_row_key(seed, position):
-    """Philox4x32-10, as kernels.sampling.row_keys_torch: two uint32 words."""
+    """Philox4x32-10, as kernels.sampling.row_keys: two uint32 words."""
     words_0, words_1, words_2, words_3 = position & 0xFFFFFFFF, (position >> 32) & 0xFFFFFFFF, seed & 0, seed & 0
     key_0, key_1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in tl.static_range(10):

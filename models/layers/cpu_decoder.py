@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.cpu.decoder import MAX_HEAD_DIM, Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
+from kernels.quantized_linear import QuantizedWeight, Weight
 from kernels.rotary import rotary_frequencies
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -16,13 +17,13 @@ _MAX_ROWS_PER_REQUEST = 16
 _MAX_PRODUCTS = 2**30
 
 
-KernelFront = Callable[[], dict[str, Tensor]]
+KernelFront = Callable[[], dict[str, Weight]]
 
 
 class KernelLayer(Protocol):
     """A layer that tells its weights, by the names of kernels/cpu/decoder.py, and its index in the cache."""
 
-    def kernel_weights(self) -> tuple[dict[str, Tensor], int]: ...
+    def kernel_weights(self) -> tuple[dict[str, Weight], int]: ...
 
 
 class CpuDecoder:
@@ -54,7 +55,9 @@ class CpuDecoder:
     def _packed(self) -> Decoder:
         """Made at the first pass, and again when the module has moved to other memory."""
         scale, front = self._norm.scale, self._front()
-        addresses = (scale.data_ptr(), front["embedding"].data_ptr())
+        embedding = front["embedding"]
+        memory = embedding.words if isinstance(embedding, QuantizedWeight) else embedding
+        addresses = (scale.data_ptr(), memory.data_ptr())
         if self._decoder is None or self._addresses != addresses:
             config = self._config
             layers = [layer.kernel_weights() for layer in self._layers]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.quantized_linear import QuantizedWeight
 from models.weight_slot import WeightSlot
 
 
@@ -14,9 +15,11 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
+        self.weight: nn.Parameter | QuantizedWeight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.dequantize(token_ids)
         return F.embedding(token_ids, self.weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

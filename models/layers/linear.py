@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
+from kernels.quantized_linear import QuantizedWeight
 from models.weight_slot import WeightSlot
 
 
@@ -14,7 +15,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_size: int, out_size: int, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
+        self.weight: nn.Parameter | QuantizedWeight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
@@ -32,7 +33,9 @@ class StackedLinear(nn.Module):
     def __init__(self, in_size: int, parts: dict[str, int], dtype: torch.dtype):
         super().__init__()
         self.parts = parts
-        self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_size, dtype=dtype))
+        self.weight: nn.Parameter | QuantizedWeight = nn.Parameter(
+            torch.empty(sum(parts.values()), in_size, dtype=dtype)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.forward_stacked(x).split(list(self.parts.values()), dim=-1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.activation import silu_and_mul
+from kernels.quantized_linear import Weight
 from models.layers.linear import Linear, StackedLinear
 from models.weight_slot import WeightSlot
 
@@ -21,7 +22,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(silu_and_mul(self.gate_up.forward_stacked(x)))
 
-    def kernel_weights(self) -> dict[str, Tensor]:
+    def kernel_weights(self) -> dict[str, Weight]:
         """By the names of kernels/cpu/decoder.py."""
         return {"gate_up": self.gate_up.weight, "down": self.down.weight}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernels.attention import causal_attention, paged_attention, store_kv
 from kernels.linear import linear
+from kernels.quantized_linear import QuantizedWeight, Weight
 from kernels.rotary import norm_rope_store, norm_rotary
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -49,7 +50,11 @@ class Attention(nn.Module):
         """Keys and values of x [N, H] to the cache, and nothing else of the layer."""
         assert forward.view is not None
         kv, num_query_columns = forward.view.cache.kv.data[self.layer], self.qkv.parts["q_proj"]
-        keys_values = linear(x, self.qkv.weight[num_query_columns:])
+        weight = self.qkv.weight
+        if isinstance(weight, QuantizedWeight):
+            keys_values = linear(x, weight.outputs(num_query_columns, weight.out_size))
+        else:
+            keys_values = linear(x, weight[num_query_columns:])
         scales = (self.q_norm.scale, self.k_norm.scale, self.k_norm.eps)
         norm_rope_store(keys_values, *scales, *rotary, kv, forward.kv_slots)
 
@@ -92,7 +97,7 @@ class Attention(nn.Module):
         ]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def kernel_weights(self) -> dict[str, Tensor]:
+    def kernel_weights(self) -> dict[str, Weight]:
         """By the names of kernels/cpu/decoder.py."""
         norms = {"q_norm": self.q_norm.scale, "k_norm": self.k_norm.scale}
         return {"in_proj": self.qkv.weight, "out_proj": self.out.weight, **norms}

@@ -19,6 +19,7 @@ from kernels.gated_delta_net import (
     split_projected,
 )
 from kernels.gated_delta_rule import gated_delta_rule_prefill
+from kernels.quantized_linear import Weight
 from kernels.rms_norm import gated_rms_norm
 from models.cache import GDNCache
 from models.config import ModelConfig
@@ -97,7 +98,7 @@ class GatedDeltaNet(nn.Module):
         layer = self.layer
         return DeltaNetMemory(gdn.conv_ring[layer], gdn.state[layer], gdn.layer_ring(layer))
 
-    def kernel_weights(self) -> dict[str, Tensor]:
+    def kernel_weights(self) -> dict[str, Weight]:
         """By the names of kernels/cpu/decoder.py."""
         inner = {"conv": self.conv_weight, "a_log": self.A_log, "dt_bias": self.dt_bias, "delta_norm": self.norm_weight}
         return {"in_proj": self.in_proj.weight, "out_proj": self.out.weight, **inner}

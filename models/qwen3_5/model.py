@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import MAX_ROWS, linear
+from kernels.quantized_linear import QuantizedWeight, Weight
 from kernels.rotary import rotary_angles
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -55,7 +56,7 @@ class DecoderLayer(nn.Module):
         """What later tokens will attend to of x [N, H], the input of an attention layer."""
         self.mixer.store_keys(self.input_norm(x), forward, rotary)  # type: ignore[operator]
 
-    def kernel_weights(self) -> tuple[dict[str, Tensor], int]:
+    def kernel_weights(self) -> tuple[dict[str, Weight], int]:
         """Weights by the names of kernels/cpu/decoder.py, and the layer's index in its part of the cache."""
         norms = {"input_norm": self.input_norm.scale, "post_norm": self.post_norm.scale}
         return norms | self.mixer.kernel_weights() | self.mlp.kernel_weights(), self.mixer.layer  # type: ignore[operator]
@@ -110,12 +111,20 @@ class Qwen35(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] after the final norm -> logits [..., V] in float32 or wider."""
+        return self.project(hidden).to(self.norm.scale.dtype)
+
+    def project(self, hidden: Tensor, tokens: tuple[int, int] | None = None) -> Tensor:
+        """Logits [..., V] as the output head gives them, or [..., n] of the n tokens from the first of `tokens` to the
+        one before the second."""
+        weight: Weight = self.lm_head.weight
+        if tokens is not None:
+            weight = weight.outputs(*tokens) if isinstance(weight, QuantizedWeight) else weight[slice(*tokens)]
         is_decode = hidden.device.type == "cpu" and hidden.dim() == 2 and not torch.is_grad_enabled()
         parts = hidden.split(MAX_ROWS) if is_decode else (hidden,)  # a row's bits do not depend on the others
-        logits = [linear(part, self.lm_head.weight).to(self.norm.scale.dtype) for part in parts]
+        logits = [linear(part, weight) for part in parts]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def kernel_front(self) -> dict[str, Tensor]:
+    def kernel_front(self) -> dict[str, Weight]:
         """What stands before the layers, by the names of kernels/cpu/decoder.py."""
         return {"embedding": self.embed_tokens.weight}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.moe import route, run_experts
+from kernels.quantized_linear import QuantizedWeight, Weight
 from models.config import ModelConfig
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
@@ -24,8 +25,8 @@ class SparseMLP(nn.Module):
         hidden, experts, size = config.hidden_size, config.num_experts, config.expert_size
         self.experts_per_token = config.experts_per_token
         self.router = Linear(hidden, experts, dtype)
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * size, hidden, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(experts, hidden, size, dtype=dtype))
+        self.gate_up: nn.Parameter | QuantizedWeight = nn.Parameter(torch.empty(experts, 2 * size, hidden, dtype=dtype))
+        self.down: nn.Parameter | QuantizedWeight = nn.Parameter(torch.empty(experts, hidden, size, dtype=dtype))
         self.shared_expert = MLP(hidden, config.shared_expert_size, dtype)
         self.shared_gate = Linear(hidden, 1, dtype)
 
@@ -34,7 +35,7 @@ class SparseMLP(nn.Module):
         shared, gate = self.shared_expert(x), self.shared_gate(x)
         return run_experts(x, self.gate_up, self.down, weights, experts, shared, gate)
 
-    def kernel_weights(self) -> dict[str, Tensor]:
+    def kernel_weights(self) -> dict[str, Weight]:
         """By the names of kernels/cpu/decoder.py."""
         shared = {f"shared_{name}": weight for name, weight in self.shared_expert.kernel_weights().items()}
         shared |= {"shared_gate": self.shared_gate.weight, "router": self.router.weight}
@@ -46,7 +47,7 @@ class SparseMLP(nn.Module):
         yield WeightSlot(f"{prefix}.experts.gate_up_proj", self.gate_up)
         yield WeightSlot(f"{prefix}.experts.down_proj", self.down)
         size = self.down.shape[2]
-        for expert in range(len(self.down)):
+        for expert in range(self.down.shape[0]):
             name = f"{prefix}.experts.{expert}"
             yield WeightSlot(f"{name}.gate_proj.weight", self.gate_up, (expert, slice(0, size)))
             yield WeightSlot(f"{name}.up_proj.weight", self.gate_up, (expert, slice(size, 2 * size)))

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.cpu.decoder import DraftChain
+from kernels.cpu.decoder import DraftChain, DraftVocabulary
+from kernels.quantized_linear import Weight
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
 from models.layers.cpu_decoder import CpuDecoder
@@ -22,7 +23,11 @@ from models.weight_slot import WeightSlot
 
 
 class Qwen35MTP(nn.Module):
-    """The draft model. With several layers they share `fc` and the norms; each has its own KV layer."""
+    """The draft model. With several layers they share `fc` and the norms; each has its own KV layer.
+
+    It guesses tokens of `vocabulary` only, which may be set to fewer than the target has: the output head is the
+    largest matrix that a draft reads.
+    """
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, target: Qwen35, feed_forward: FeedForward = dense_feed_forward
@@ -44,6 +49,7 @@ class Qwen35MTP(nn.Module):
             for index in range(self.num_layers)
         )
         self.norm = RMSNorm(hidden, eps, dtype)
+        self.vocabulary = DraftVocabulary(config.vocab_size, config.vocab_size)
         self._cpu_decoders = [
             CpuDecoder(config, self.kernel_front, [layer], self.norm)  # type: ignore[list-item]
             for layer in self.layers
@@ -76,6 +82,19 @@ class Qwen35MTP(nn.Module):
         x, delta = self.layers[layer](x, None, forward, self.target.rotary(forward.positions))
         return self.norm.add(x, delta)[0]
 
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H], as `forward` gives it -> logits [N, V] in float32 or wider: -inf of what is never guessed."""
+        return self.project(hidden).to(self.norm.scale.dtype)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The same as the output head gives them."""
+        vocab_size, (num_first, tail) = self.target.config.vocab_size, self.vocabulary
+        if num_first >= tail:
+            return self.target.project(hidden)
+        parts = [self.target.project(hidden, tokens) for tokens in ((0, num_first), (tail, vocab_size))]
+        between = parts[0].new_full((len(hidden), tail - num_first), -torch.inf)
+        return torch.cat([parts[0], between, parts[1]], dim=-1)
+
     def can_propose(self, forward: ForwardBatch) -> bool:
         """Whether `propose` may be called for the pass: one layer, few rows, on a CPU with a compiler."""
         return len(self.layers) == 1 and self._cpu_decoders[0].serves(forward)
@@ -94,7 +113,7 @@ class Qwen35MTP(nn.Module):
 
         last [B]: flat index of each request's newest row; alive[d] requests, which come first, want more than d drafts.
         """
-        chain = DraftChain(last, alive, self.target.lm_head.weight, temperatures, seeds)
+        chain = DraftChain(last, alive, self.target.lm_head.weight, self.vocabulary, temperatures, seeds)
         return self._cpu_decoders[0].propose(next_ids, forward, hidden, chain)
 
     def forward_sequence(self, next_ids: Tensor, hidden: Tensor, layer: int = 0) -> Tensor:
@@ -102,7 +121,7 @@ class Qwen35MTP(nn.Module):
         forward = ForwardBatch.whole_sequences(next_ids)
         return self(next_ids.flatten(), hidden.flatten(0, 1), forward, layer).unflatten(0, next_ids.shape)
 
-    def kernel_front(self) -> dict[str, Tensor]:
+    def kernel_front(self) -> dict[str, Weight]:
         """What stands before the layers, by the names of kernels/cpu/decoder.py."""
         norms = {"embedding_norm": self.pre_fc_norm_embedding.scale, "hidden_norm": self.pre_fc_norm_hidden.scale}
         return {**self.target.kernel_front(), "fc": self.fc.weight, **norms}

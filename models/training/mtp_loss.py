@@ -142,6 +142,7 @@ def _check(draft: Qwen35MTP, token_ids: Tensor, hidden: Tensor, labels: Tensor) 
 
 def _run_depth(draft: Qwen35MTP, next_ids: Tensor, state: Tensor, depth: int, settings: MTPSettings) -> Tensor:
     weight = draft.target.embed_tokens.weight
+    assert isinstance(weight, Tensor), "quantized weights have no gradients"
     embedding = F.embedding(next_ids, weight.detach() if settings.mtp_detach else weight)
     run = partial(run_head, draft, layer=(depth - 1) % draft.num_layers)
     if settings.recompute == "none" or not torch.is_grad_enabled():
@@ -152,6 +153,7 @@ def _run_depth(draft: Qwen35MTP, next_ids: Tensor, state: Tensor, depth: int, se
 def _score(draft: Qwen35MTP, y: Tensor, goals: Tensor, policy: Tensor | None, settings: MTPSettings) -> _Rows:
     """Losses of y [M, H] against goals [M] int64 and the target's hidden states policy [M, H], some rows at a time."""
     weight = draft.target.lm_head.weight
+    assert isinstance(weight, Tensor), "quantized weights have no gradients"
     score = partial(_score_rows, weight.detach() if settings.mtp_detach else weight, settings.mtp_loss_type)
     policies = [None] * len(goals.split(ROWS_AT_ONCE)) if policy is None else policy.split(ROWS_AT_ONCE)
     parts = list(zip(y.split(ROWS_AT_ONCE), goals.split(ROWS_AT_ONCE), policies, strict=True))

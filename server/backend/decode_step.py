@@ -27,7 +27,9 @@ class DecodeStep:
 
     def __init__(self, target: Qwen35, draft: Qwen35MTP | None, table: RequestTable, num_layers: int):
         self.target, self.draft, self.table, self.num_layers = target, draft, table, num_layers
-        self._logits = target.lm_head.weight.new_empty(table.next_ids.numel(), table.vocab_size)
+        assert isinstance(target.lm_head.weight, Tensor), "these kernels take no quantized weights"
+        self._head = target.lm_head.weight
+        self._logits = self._head.new_empty(table.next_ids.numel(), table.vocab_size)
         self.sampling = sampling_table(table)
         self.commits = commit_table(table)
 
@@ -62,7 +64,7 @@ class DecodeStep:
         """In memory of their own, shared by all graphs, because log-probabilities are taken from them afterwards."""
         logits = self._logits[: len(hidden)]
         if hidden.is_cuda:
-            return torch.mm(hidden, self.target.lm_head.weight.t(), out=logits)
+            return torch.mm(hidden, self._head.t(), out=logits)
         return logits.copy_(self.target.lm_head(hidden))
 
     def _propose(
@@ -83,7 +85,7 @@ class DecodeStep:
                 newest_state = draft(newest, newest_state, ahead, self.num_layers - 1)
             if step >= num_drafts and not has_next_layer:
                 return
-            logits = self.target.lm_head(newest_state)
+            logits = draft.project(newest_state)
             newest, _ = draw(logits, self.sampling, rows, positions + 2 + step, None, 1)
             if step < num_drafts:
                 self.table.next_ids[rows, step + 1] = newest

@@ -27,6 +27,15 @@ def choose_device(name: str) -> str:
     return device
 
 
+def check_quantization(config: EngineConfig, device: str) -> None:
+    """Raises ConfigError for quantized weights where no kernels run them."""
+    if config.quantization != "none" and device != "cpu":
+        raise ConfigError(
+            f"--quantization is {config.quantization}, quantized weights run on a CPU only and the device is {device}: "
+            "use --quantization none, or --device cpu"
+        )
+
+
 def check_gpu(name: str, capability: tuple[int, int], built_for: list[str]) -> None:
     """Raises ConfigError for a GPU that is too old, or that this torch was not built for."""
     major, minor = capability

@@ -10,12 +10,14 @@ to whatever its cache holds there. Where drafts need nothing but a temperature, 
 one call. B requests, N rows, R rows of the table.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from kernels.cpu.decoder import DraftVocabulary
 from kernels.speculative import roll_next_ids
 from models.cache import HISTORY_LEN
 from models.forward_batch import ForwardBatch, to_device
@@ -23,8 +25,18 @@ from models.qwen3_5_mtp.model import Qwen35MTP
 from server.backend.batch import following_ids, last_indices
 from server.backend.pass_masks import DraftMasks
 from server.backend.sampler import Sampled, Sampler
+from server.config import DRAFT_VOCAB_SIZE
 from server.messages import SamplingParams
 from server.request import Batch, Work
+
+
+def choose_vocabulary(size: int | None, vocab_size: int, added_ids: Iterable[int]) -> DraftVocabulary:
+    """What is guessed: see `EngineConfig.draft_vocab_size`. Added tokens lie at the end, other ids between them."""
+    if size is None:
+        size = DRAFT_VOCAB_SIZE if vocab_size >= 4 * DRAFT_VOCAB_SIZE else 0
+    if not 0 < size < vocab_size:
+        return DraftVocabulary(vocab_size, vocab_size)
+    return DraftVocabulary(size, min((token_id for token_id in added_ids if size <= token_id), default=vocab_size))
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Drafter:
                 newest_state = self.draft(newest[:alive], newest_state[:alive], ahead, self.num_layers - 1)
             if alive == 0:
                 return
-            logits = self.draft.target.compute_logits(newest_state)
+            logits = self.draft.compute_logits(newest_state)
             if masks is not None:
                 logits = masks.apply(logits, works)
             newest = self.sampler.draw(logits, works, positions[:alive] + 2 + step)

@@ -20,7 +20,7 @@ _ITEM_SEPARATOR, _KEY_SEPARATOR = ", ", ": "
 _LIMITS = llguidance.LLParserLimits(max_items_in_row=20_000)
 _ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
 _SHOWN_CHARS = 200
-_MAX_REMEMBERED, _MAX_REMEMBERED_CHARS = 4096, 256
+_MAX_REMEMBERED, _MAX_FORCED_CHARS = 4096, 256
 NOTHING_FOLLOWS = "nothing may follow"
 
 
@@ -98,15 +98,15 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int):
-        self._tokenizer = tokenizer
         self._remember = functools.lru_cache(maxsize=_MAX_REMEMBERED)(tokenizer.encode)
         self.eos_token_id = eos_token_id
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         self.special_token_ids = sorted(token_id for token_id in tokenizer.special_ids if token_id < vocab_size)
 
     def __call__(self, text: str) -> list[int]:
-        """Asked at every token of a text that the grammar leaves no choice in, such as a key: for the rest of it."""
-        return self._remember(text) if len(text) <= _MAX_REMEMBERED_CHARS else self._tokenizer.encode(text)
+        """Asked at every token of a text that the grammar leaves no choice in, such as a key: for the rest of it. Only
+        the first token is looked at, so that a long rest need not be tokenised again and again."""
+        return self._remember(text[:_MAX_FORCED_CHARS])
 
 
 def _read_choices(text: str) -> list[str]:

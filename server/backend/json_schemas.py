@@ -1,6 +1,8 @@
 """A client's JSON schema as the grammar compiler should read it. Knows no tokens."""
 
 import json
+import math
+from decimal import Decimal
 from typing import Any
 
 from server.errors import InvalidRequest
@@ -12,6 +14,11 @@ _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 # Keywords by which other properties may be meant than those an object lists.
 _OPEN = ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+# The compiler makes as many states of the multiples of a number, and of several numbers' common ones. A million take it
+# some seconds, in which it cannot be interrupted.
+_MAX_MULTIPLE = 100_000
+# OpenAI's limit. The compiler's time grows with the square: five thousand take a second.
+_MAX_PROPERTIES = 5_000
 
 
 def parse_schema(text: str) -> dict[str, Any]:
@@ -26,7 +33,53 @@ def parse_schema(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(schema, dict):
         raise InvalidRequest(f"it is {text[:60]}, a JSON schema is an object")
+    if _common_multiple(schema) > _MAX_MULTIPLE:
+        raise InvalidRequest(
+            f"the least common multiple of its multipleOf, without decimal points, is over the limit of "
+            f"{_MAX_MULTIPLE}; take smaller ones"
+        )
+    num_properties = _count_properties(schema)
+    if num_properties > _MAX_PROPERTIES:
+        raise InvalidRequest(f"it has {num_properties} properties, the limit is {_MAX_PROPERTIES}; name fewer")
     return schema
+
+
+def _count_properties(schema: dict[str, Any]) -> int:
+    """All that stand in `properties`, wherever they are."""
+    count = 0
+    rest: list[Any] = [schema]
+    while rest:
+        found = rest.pop()
+        if isinstance(found, dict):
+            count += len(found["properties"]) if isinstance(found.get("properties"), dict) else 0
+            rest += found.values()
+        elif isinstance(found, list):
+            rest += found
+    return count
+
+
+def _common_multiple(schema: dict[str, Any]) -> int:
+    """The least number that every `multipleOf` divides, wherever it stands; more than the limit where that is enough
+    to know."""
+    common = 1
+    rest: list[Any] = [schema]
+    while rest and common <= _MAX_MULTIPLE:
+        found = rest.pop()
+        if isinstance(found, dict):
+            common = math.lcm(common, _digits(found.get("multipleOf")))
+            rest += found.values()
+        elif isinstance(found, list):
+            rest += found
+    return common
+
+
+def _digits(number: Any) -> int:
+    """A number above 0 as an integer, without its decimal point; 1 for anything else."""
+    if not isinstance(number, int | float) or not 0 < number < math.inf:
+        return 1
+    value = Decimal(number) if isinstance(number, int) else Decimal(str(number))
+    exponent = value.as_tuple().exponent
+    return int(value.scaleb(-min(0, exponent if isinstance(exponent, int) else 0)))
 
 
 def close_objects(schema: Any) -> Any:

@@ -86,7 +86,8 @@ def measure_sizes(
 ) -> Sizes:
     """What one of each thing takes, from tensors without memory. With attention on a GPU's kernels the draft head never
     falls behind, but every row has what a decode step there needs."""
-    target, draft = build(model, mtp=num_mtp_layers > 0, dtype=dtype, device="meta")
+    mtp, quantization = num_mtp_layers > 0, config.quantization
+    target, draft = build(model, mtp, dtype=dtype, device="meta", quantization=quantization)
     kv = KVCache.allocate(model, num_mtp_layers, 1, config.page_size, dtype, "meta")
     gdn = GDNCache.allocate(model, config.mtp_step, 1, dtype, "meta")
     layer_page = kv.data[0].nbytes

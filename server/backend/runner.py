@@ -17,11 +17,11 @@ from models.forward_batch import ForwardBatch
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
-from models.stop_ids import read_stop_ids, read_turn_ids
+from models.stop_ids import read_added_ids, read_stop_ids, read_turn_ids
 from models.weights import fill_randomly, load_weights
 from server.backend.cache_mover import CacheMover
-from server.backend.device import choose_backends, choose_device, within_memory
-from server.backend.drafter import Drafter
+from server.backend.device import check_quantization, choose_backends, choose_device, within_memory
+from server.backend.drafter import Drafter, choose_vocabulary
 from server.backend.memory_plan import (
     MemoryPlan,
     allocate_scratch,
@@ -86,13 +86,17 @@ def build_runner(config: EngineConfig) -> Runner:
         plan = plan_memory(config, model_config, sizes, free_memory(device))
         num_bytes = sizes.weights + sizes.draft_weights
         with within_memory("weights", num_bytes, "serve a smaller checkpoint, or free the GPU of other processes"):
-            target, draft = build(model_config, mtp=config.mtp_step > 0, dtype=dtype, device=device)
+            mtp, quantization = config.mtp_step > 0, config.quantization
+            target, draft = build(model_config, mtp, dtype=dtype, device=device, quantization=quantization)
             if config.load_format == "dummy":
                 fill_randomly(target, draft)
             else:
                 load_weights(Path(config.model), target, draft)
         eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
         turn_ids = read_turn_ids(config.model)
+        if draft is not None:
+            added_ids = read_added_ids(config.model)
+            draft.vocabulary = choose_vocabulary(config.draft_vocab_size, model_config.vocab_size, added_ids)
     except model_errors.CheckpointError as error:
         raise CheckpointError(str(error)) from error
     for model in (target, draft):
@@ -122,6 +126,7 @@ def build_runner(config: EngineConfig) -> Runner:
 
 def read_needs(config: EngineConfig, device: str) -> tuple[ModelConfig, torch.dtype, int, Backends]:
     """What the checkpoint is, in which dtype it is served, how many MTP layers draft, and whose kernels run it."""
+    check_quantization(config, device)
     model_config = load_config(config.model)
     dtype = _choose_dtype(config.dtype, model_config)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from kernels import sampling
-from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw, gumbel_noise, row_keys_torch
+from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw, gumbel_noise, row_keys
 
 NUM_DRAWS = 40_000
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -2.0, -6.0], dtype=torch.float64)
@@ -254,14 +254,45 @@ def test_the_only_token_that_is_kept_is_drawn_whatever_the_noise():
     assert token.tolist() == [13]
 
 
-def test_row_keys_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the C++ library is, it makes them; noise from both keys is the same to the bit."""
+def test_row_keys_differ() -> None:
     source = torch.Generator().manual_seed(0)
     seeds = torch.randint(-(2**62), 2**62, (500,), generator=source)
-    positions = torch.randint(0, 2**40, (500,), generator=source)
-    noise = gumbel_noise(seeds, positions, 16, torch.float64)
-    monkeypatch.setattr(sampling, "load_library", lambda: None)
-    assert torch.equal(gumbel_noise(seeds, positions, 16, torch.float64), noise)
-    first, second = row_keys_torch(seeds, positions)
+    first, second = row_keys(seeds, torch.randint(0, 2**40, (500,), generator=source))
     assert first.dtype == second.dtype == torch.int32
     assert len({*zip(first.tolist(), second.tolist(), strict=True)}) == 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [1, 255, 1000, 70_000])
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_the_library_draws_what_the_law_does(
+    dtype: torch.dtype, vocab_size: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens whose noisy logits are as good as equal are both right."""
+    if sampling.load_library() is None:
+        pytest.skip("needs a compiler")
+    source = torch.Generator().manual_seed(vocab_size)
+    rows = 50
+    logits = 3 * torch.randn(rows, vocab_size, generator=source, dtype=dtype)
+    logits[torch.rand(logits.shape, generator=source) < 0.3] = -torch.inf
+    temperature = torch.rand(rows, generator=source) * (torch.arange(rows) % 5 > 0)
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=source)
+    positions = torch.randint(0, 2**40, (rows,), generator=source)
+    filters = (torch.full((rows,), top_k), torch.ones(rows), torch.zeros(rows))
+    drawn = draw(logits, temperature, *filters, seeds, positions)
+    monkeypatch.setattr(sampling, "load_library", lambda: None)
+    expected = draw(logits, temperature, *filters, seeds, positions)
+    noise = gumbel_noise(seeds, positions, vocab_size, torch.float64) * (temperature > 0)[:, None]
+    noisy = logits / torch.where(temperature > 0, temperature, 1)[:, None] + noise
+    both = noisy.gather(1, torch.stack([drawn, expected], 1))
+    torch.testing.assert_close(both[:, 0], both[:, 1], rtol=0, atol=2e-5)
+    assert (drawn == expected).sum() >= rows - 1
+
+
+def test_the_first_of_equals_is_taken_in_a_batch_that_draws_too() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[0, 599] = 0.0
+    logits[1, [300, 511, 580]] = 2.0
+    filters = (torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.zeros(3))
+    drawn = draw(logits, torch.tensor([1.0, 0.0, 0.0]), *filters, torch.arange(3), torch.arange(3))
+    assert drawn.tolist() == [599, 300, 0]

@@ -17,9 +17,11 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def load_ours(directory: Path, dtype: torch.dtype = torch.float32, mtp: bool = True) -> tuple[Qwen35, Qwen35MTP]:
+def load_ours(
+    directory: Path, dtype: torch.dtype = torch.float32, mtp: bool = True, quantization: str = "none"
+) -> tuple[Qwen35, Qwen35MTP]:
     """Target and draft; the draft is None without `mtp`."""
-    target, draft = build(load_config(directory), mtp, dtype)
+    target, draft = build(load_config(directory), mtp, dtype, quantization=quantization)
     load_weights(directory, target, draft, show_progress=False)
     target.requires_grad_(False)
     if draft is not None:

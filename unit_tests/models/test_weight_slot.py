@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from kernels.quantized_linear import QuantizedWeight
 from models.safetensors_file import read_tensor_index
 from models.weight_slot import WeightSlot
 from models.weights import save_weights
@@ -57,3 +58,17 @@ def test_an_export_is_a_copy():
     exported = WeightSlot("w", param).export()
     exported.fill_(9)
     assert (param == -1).all()
+
+
+def test_rows_of_a_quantized_weight_are_loaded_block_by_block_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.safetensors_file.BLOCK_BYTES", 500)
+    values = torch.randn(2, 9, 40)
+    save_weights(tmp_path / "x.safetensors", {"w": values[1]})
+    weight = QuantizedWeight((3, 20, 40), 8, torch.float32)
+    slot = WeightSlot("w", weight, (1, slice(4, 13)))
+    assert slot.checkpoint_shape == (9, 40) and slot.numel() == 360
+    slot.load(read_tensor_index(tmp_path / "x.safetensors")["w"])
+    assert (slot.export() - values[1]).abs().max() < 0.02
+    everything = WeightSlot("all", weight).export()
+    assert everything.shape == (3, 20, 40) and torch.equal(everything[1, 4:13], slot.export())
+    assert everything.count_nonzero() <= 360

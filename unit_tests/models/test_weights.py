@@ -28,8 +28,8 @@ MAIN_FILE = "model.safetensors"
 GATE = "model.layers.0.mlp.experts.2.gate_proj.weight"
 
 
-def load(directory: Path, mtp: bool = True, dtype: torch.dtype = torch.float32):
-    target, draft = build(load_config(directory), mtp, dtype)
+def load(directory: Path, mtp: bool = True, dtype: torch.dtype = torch.float32, quantization: str = "none"):
+    target, draft = build(load_config(directory), mtp, dtype, quantization=quantization)
     load_weights(directory, target, draft, show_progress=False)
     return target, draft
 
@@ -64,6 +64,34 @@ def test_every_layout_loads_to_the_same_parameters(expert_layout, prefix, shards
     plain = load(make_checkpoint(tmp_path / "plain", **options))
     other = make_checkpoint(tmp_path / "other", expert_layout=expert_layout, prefix=prefix, shards=shards, **options)
     pairs = zip(parameters(plain), parameters(load(other)), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_every_layout_is_quantized_to_the_same_numbers(quantization, tmp_path, monkeypatch):
+    options = {"moe": True, "num_layers": 4, "tied": "no"}
+    plain = load(make_checkpoint(tmp_path / "plain", **options), quantization=quantization)
+    other = make_checkpoint(tmp_path / "other", expert_layout="mixed", prefix="vl", shards=3, **options)
+    check_weights(other, *build(load_config(other), True, device="meta", quantization=quantization))
+    monkeypatch.setattr("models.safetensors_file.BLOCK_BYTES", 3000)
+    pairs = list(zip(parameters(plain), parameters(load(other, quantization=quantization)), strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert any(ours.dtype == torch.uint8 for ours, _ in pairs)
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("int8", 0.01), ("int4", 0.12)])
+def test_an_update_quantizes_anew_and_an_export_is_what_is_left(quantization, error, tmp_path):
+    target, draft = load(make_checkpoint(tmp_path / "a", num_layers=4), quantization=quantization)
+    original = load_file(make_checkpoint(tmp_path / "b", num_layers=4, seed=1) / MAIN_FILE)
+    update_weights(original.items(), target, draft)
+    exported = export_tensors(target, draft)
+    assert exported.keys() == original.keys()
+    for name, tensor in original.items():
+        limit = error if tensor.dim() == 2 else 1e-6
+        assert exported[name].shape == tensor.shape
+        assert (exported[name] - tensor).norm() <= limit * tensor.norm(), name
+    fresh = load(tmp_path / "b", quantization=quantization)
+    pairs = zip(parameters((target, draft)), parameters(fresh), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
@@ -358,6 +386,18 @@ def test_random_weights_fill_every_parameter_and_give_ordinary_numbers(tmp_path:
     assert all(parameter.isfinite().all() for parameter in parameters((target, draft)))
     hidden = target.forward_sequence(torch.arange(20)[None])
     assert hidden.isfinite().all() and 0.1 < float(hidden.detach().std()) < 10
+    before = [parameter.clone() for parameter in parameters((target, draft))]
+    fill_randomly(target, draft)
+    assert all(torch.equal(*pair) for pair in zip(before, parameters((target, draft)), strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_random_quantized_weights_give_ordinary_numbers(tmp_path: Path, quantization: str) -> None:
+    target, draft = build(load_config(make_checkpoint(tmp_path)), mtp=True, quantization=quantization)
+    fill_randomly(target, draft)
+    with torch.inference_mode():
+        hidden = target.forward_sequence(torch.arange(20)[None])
+    assert hidden.isfinite().all() and 0.1 < float(hidden.std()) < 10
     before = [parameter.clone() for parameter in parameters((target, draft))]
     fill_randomly(target, draft)
     assert all(torch.equal(*pair) for pair in zip(before, parameters((target, draft)), strict=True))

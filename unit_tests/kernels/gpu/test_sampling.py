@@ -255,7 +255,7 @@ def test_row_keys_are_the_laws_to_the_bit_and_noise_is_nearly() -> None:
     positions = torch.cat([torch.tensor([0, 7, 2**33 + 1, 5, 6, 0]), torch.arange(10) * 1001])
     keys, noise = torch.zeros(16, 2, dtype=torch.int32), torch.full((16, 65536), torch.nan)
     _noise_kernel[(16,)](seeds, positions, keys, noise, 0, BLOCK=65536)
-    assert torch.equal(keys, torch.stack(law.row_keys_torch(seeds, positions), 1))
+    assert torch.equal(keys, torch.stack(law.row_keys(seeds, positions), 1))
     torch.testing.assert_close(noise, law.gumbel_noise(seeds, positions, 65536, torch.float32), rtol=1e-6, atol=1e-6)
     expected = law.gumbel_noise(seeds, positions, 65536, torch.float64)
     assert expected.max() > 13  # where the tokens that are drawn come from, it is as good as float32 can be

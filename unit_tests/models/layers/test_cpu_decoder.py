@@ -33,8 +33,8 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return make_checkpoint(path, moe=request.param == "moe", num_layers=4, dtype="float64")
 
 
-def load(directory: Path, dtype: torch.dtype) -> Models:
-    target, draft = load_ours(directory, dtype, mtp=True)
+def load(directory: Path, dtype: torch.dtype, quantization: str = "none") -> Models:
+    target, draft = load_ours(directory, dtype, mtp=True, quantization=quantization)
     assert draft is not None
     return target, draft
 
@@ -88,6 +88,18 @@ def test_a_history_of_ragged_steps_equals_the_law(directory: Path, dtype: torch.
         assert_close(mine, theirs, dtype)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_layers_equal_the_law(directory: Path, quantization: str) -> None:
+    """In float64 next to no number is rounded to another one of 8 bits; products are summed in float32."""
+    models = load(directory, torch.float64, quantization)
+    run, outputs = run_history(models, 4)
+    with law():
+        law_run, expected = run_history(models, 4)
+    for mine, theirs in zip([*outputs, *memory_of(run)], [*expected, *memory_of(law_run)], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def assert_close(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     if dtype in TOLERANCES:
         torch.testing.assert_close(mine, theirs, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype], equal_nan=True)
@@ -111,11 +123,14 @@ def test_the_law_really_is_another_way(directory: Path, monkeypatch: pytest.Monk
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8"), (torch.float32, "int4")],
+)
 def test_a_row_gives_the_same_bits_in_any_company_and_with_any_threads(
-    directory: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    directory: Path, dtype: torch.dtype, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = load(directory, dtype)
+    models = load(directory, dtype, quantization)
     monkeypatch.setattr("kernels.cpu.decoder._PARALLEL_PRODUCTS", 0)
     tokens = {row: [random.Random(row).randrange(256) for _ in range(3)] for row in ROWS}
 
@@ -219,10 +234,12 @@ def test_gradients_and_sequences_without_a_cache_take_the_torch_way(directory: P
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_a_chain_of_guesses_in_one_call_equals_its_steps(directory: Path, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "quantization"), [(0.0, "none"), (1.3, "none"), (0.0, "int8"), (1.3, "int4")])
+def test_a_chain_of_guesses_in_one_call_equals_its_steps(
+    directory: Path, temperature: float, quantization: str
+) -> None:
     """Requests come with most guesses first; each is drawn as kernels/sampling.py draws it."""
-    target, draft = load(directory, torch.float64)
+    target, draft = load(directory, torch.float64, quantization)
     seeds, temperatures = torch.tensor([5, -6, 7]), torch.tensor([temperature, 0.0, temperature])
     results = []
     for at_once in (True, False):

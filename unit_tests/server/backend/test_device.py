@@ -9,7 +9,7 @@ from kernels.gpu.dispatch import triton_takes
 from models.cache import Backends
 from models.config import ModelConfig, parse_config
 from server.backend import device
-from server.backend.device import check_gpu, choose_backends, choose_device, within_memory
+from server.backend.device import check_gpu, check_quantization, choose_backends, choose_device, within_memory
 from server.config import EngineConfig
 from server.errors import ConfigError
 from unit_tests.checkpoints import make_config
@@ -23,6 +23,13 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     with pytest.raises(ConfigError, match="sees no CUDA device here: use --device cpu"):
         choose_device("cuda")
+
+
+def test_quantized_weights_are_refused_on_a_gpu() -> None:
+    check_quantization(EngineConfig(quantization="int8"), "cpu")
+    check_quantization(EngineConfig(), "cuda")
+    with pytest.raises(ConfigError, match=r"--quantization is int8, .* run on a CPU only and the device is cuda: use"):
+        check_quantization(EngineConfig(quantization="int8"), "cuda")
 
 
 @pytest.mark.parametrize(

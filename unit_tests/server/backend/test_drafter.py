@@ -249,6 +249,9 @@ class OracleDraft:
     def can_propose(self, forward: ForwardBatch) -> bool:
         return False
 
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.target.compute_logits(hidden)
+
     def __call__(
         self, next_ids: Tensor, hidden: Tensor, forward: ForwardBatch, layer: int = 0, last: Tensor | None = None
     ) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -90,6 +91,23 @@ def test_tokens_come_back(guidance: Guidance) -> None:
     assert allowed_ids(matcher) == [IM_END]
     matcher.rollback(3)
     assert allowed_ids(matcher) == before == [ord("b"), ord("c")] and not matcher.error()
+
+
+def test_a_long_text_without_a_choice_is_not_tokenised_whole_at_every_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, lengths = Tokenizer(tokenizer_in(tmp_path)), list[int]()
+    encode = tokenizer.encode
+
+    def count(text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", count)
+    text = "the cat sat on the mat, " * 40
+    start = Guidance(tokenizer, VOCAB_SIZE, STOP_IDS).compile("choice", json.dumps([text]))
+    assert draw_text(start, 0, most=2000) == text.encode()
+    assert 0 < max(lengths) <= 256
 
 
 @pytest.mark.parametrize(

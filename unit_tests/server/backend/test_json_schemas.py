@@ -1,5 +1,6 @@
 """Closed schemas: what is closed, what stays open, and that what matches still matches the original."""
 
+import json
 from typing import Any
 
 import pytest
@@ -60,8 +61,31 @@ def test_schemas_are_parsed(text: str, expected: Any) -> None:
         ("5", "is 5, a JSON schema is an object"),
         ("false", "is false"),
         ('{"items":' * 100_000 + "1", "too deeply"),
+        (json.dumps({"items": {"properties": {f"p{i}": {} for i in range(5001)}}}), "has 5001 properties"),
     ],
 )
 def test_what_is_no_schema_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         parse_schema(text)
+
+
+@pytest.mark.parametrize(
+    "multiple", ["7", "100000", "0.25", "1e-10", "12.5", "0", "-3", "true", "null", "1e400", "NaN"]
+)
+def test_multiples_of_what_the_compiler_can_take_are_passed_on(multiple: str) -> None:
+    parse_schema(f'{{"items": [{{"multipleOf": {multiple}}}], "properties": {{"multipleOf": {{}}}}}}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"multipleOf": 9999991}',
+        '{"$defs": {"x": {"anyOf": [{}, {"multipleOf": 1000.003}]}}, "$ref": "#/$defs/x"}',
+        '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}',
+        '{"multipleOf": 1e300}',
+        f'{{"multipleOf": {"9" * 4000}}}',
+    ],
+)
+def test_multiples_that_would_keep_the_compiler_busy_are_refused(schema: str) -> None:
+    with pytest.raises(InvalidRequest, match="over the limit of 100000"):
+        parse_schema(schema)

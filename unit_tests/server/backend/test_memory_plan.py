@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,18 @@ def test_the_table_lists_every_part_in_mib_and_the_cost_of_one_request(tmp_path:
     assert f"{cache.gdn.state_bytes_per_row / 2**20:.2f} MiB GDN state (the same for every mtp_step)" in text
     bytes_per_token = 2 * 2 * 2 * 32 * 8  # layers, keys and values, heads, head dimension, float64
     assert f"{bytes_per_token / 1024:.2f} KiB KV per token" in text
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_are_counted_as_they_are(tmp_path: Path, quantization: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, num_layers=4)
+    plain = make_engine(checkpoint, mtp_step=1).runner.plan.sizes
+    runner = make_engine(checkpoint, mtp_step=1, quantization=quantization).runner
+    sizes = runner.plan.sizes
+    assert runner.draft is not None
+    assert sizes.weights == sum(weight.nbytes for weight in runner.target.parameters()) < plain.weights / 4
+    assert sizes.draft_weights == sum(weight.nbytes for weight in runner.draft.parameters()) < plain.draft_weights / 4
+    assert replace(sizes, weights=plain.weights, draft_weights=plain.draft_weights) == plain
 
 
 def test_without_a_draft_the_table_says_zero(tmp_path: Path) -> None:

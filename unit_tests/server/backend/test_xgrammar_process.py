@@ -119,8 +119,7 @@ def test_a_process_that_is_killed_is_started_again(process: XgrammarProcess) -> 
     process.compile("grammar", 'root ::= "a"')
     assert process._process is not None
     os.kill(process._process.pid, signal.SIGKILL)
-    with pytest.raises(InvalidRequest, match="memory"):
-        process.compile("grammar", 'root ::= "b"')
+    process._process.wait()
     assert process.compile("grammar", 'root ::= "b"').accept(ord("b"))
 
 
