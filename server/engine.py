@@ -79,12 +79,14 @@ class Engine:
     def add(self, message: Generate) -> None:
         """Queue a request. Raises InvalidRequest for what can never be served."""
         prompt_ids, limit = message.prompt_token_ids, self.ready.max_model_len
+        least_output = 0 if message.sampling.max_tokens == 0 else 1
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty, at least one token is needed", "prompt")
-        if len(prompt_ids) >= limit:
+        if len(prompt_ids) + least_output > limit:
+            rest = ", and at least one is needed for the output" if least_output else ""
             raise InvalidRequest(
-                f"This model's maximum context length is {limit} tokens. However, the prompt has {len(prompt_ids)} "
-                f"tokens and one must be left for the output: shorten it (or raise --max-model-len)",
+                f"This model's maximum context length is {limit} tokens. However, your prompt has {len(prompt_ids)} "
+                f"tokens{rest}: the prompt is too long (--max-model-len)",
                 "prompt",
             )
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.ready.vocab_size:

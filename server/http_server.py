@@ -1,7 +1,6 @@
 """The HTTP side of the server process: its socket, TLS, and uvicorn with deadlines for clients. No torch."""
 
 import contextlib
-import logging
 import os
 import resource
 import socket
@@ -12,24 +11,36 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.connection import ImpatientProtocol
+from server.api.error_bodies import error_response
 from server.config import ServerConfig
-from server.errors import ConfigError
+from server.errors import ConfigError, EngineDead
 
 # Time for answers that are already written to reach their clients.
 FLUSH_SECONDS = 3
 # Connections that wait to be accepted, and files that may be open: a thousand clients may come at once, and stay.
 _BACKLOG, _MAX_OPEN_FILES = 2048, 65536
 
-log = logging.getLogger("tandem")
+
+class Entrance:
+    """Passes requests on to `app`; before there is one, answers 503 to all of them, probes included."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        refusal = EngineDead("the model is being loaded; try again in a moment, or wait until /ready says 200")
+        app = error_response(refusal, scope) if self.app is None else self.app
+        await app(scope, receive, send)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers (what a signal means is decided elsewhere), that says when it listens."""
+    """uvicorn without its signal handlers: what a signal means is decided elsewhere."""
 
-    def __init__(self, app: FastAPI, config: ServerConfig):
+    def __init__(self, app: ASGIApp, config: ServerConfig):
         protocol: Any = partial(ImpatientProtocol, client_timeout=config.client_timeout)
         settings = uvicorn.Config(
             app,
@@ -43,13 +54,6 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
         super().__init__(settings)
-        self._address = config
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then log the address."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            log.info("ready: serving at %s", describe_address(listener, self._address))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,8 +65,7 @@ class HttpServer(uvicorn.Server):
 def listening(config: ServerConfig) -> Iterator[socket.socket]:
     """A socket that listens, so that nobody else can take the port while the model loads.
 
-    Raises ConfigError, also for a certificate that cannot be served. Clients that come early wait until the server is
-    ready.
+    Raises ConfigError, also for a certificate that cannot be served.
     """
     check_certificate(config)
     _allow_many_files()

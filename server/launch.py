@@ -1,4 +1,4 @@
-"""`python -m server`: start the engine process, wait until it is ready, serve HTTP, drain, stop.
+"""`python -m server`: start the engine process and HTTP, let requests in when the model is loaded, drain, stop.
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 when something went wrong, with one line on stderr that says what. The engine,
 and torch with it, is imported in the child process only.
@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -30,10 +30,10 @@ from server.channel import AsyncEnd
 from server.command_line import read_command_line
 from server.config import EngineConfig, ServerConfig
 from server.errors import CheckpointError, ConfigError, EngineDead, TandemError
-from server.http_server import FLUSH_SECONDS, HttpServer, listening
+from server.http_server import FLUSH_SECONDS, Entrance, HttpServer, describe_address, listening
 from server.logs import log_fields, set_up_log
 from server.messages import Fatal, Ready
-from server.tokenizer import Tokenizer
+from server.tokenizer import Tokenizer, read_template
 from server.versions import read_version
 
 # Time for the last message of an engine that has ended to arrive.
@@ -85,19 +85,37 @@ async def _start(engine_config: EngineConfig, config: ServerConfig, engine: str)
         contextlib.closing(AsyncEnd()) as channel,
         _engine_running(engine_config, config, channel, engine) as running,
     ):
-        log.info("loading %s", directory)
-        tokenizer = await asyncio.to_thread(Tokenizer, directory)
-        defaults = read_defaults(directory, config.generation_config, config.override_generation_config or {})
-        ready = await _wait_ready(channel, running, signals)
-        if ready is None:
-            return 0
-        client = EngineClient(channel, ready, config.max_queue)
-        services = build_services(name, int(time.time()), tokenizer, client, defaults, config, engine_config)
-        gc.freeze()
-        gc.set_threshold(_GC_THRESHOLD)
-        app = build_app(services, [tracing.record] if tracing is not None else [])
-        _log_banner(services)
-        return await _serve(HttpServer(app, config), listener, client, running, signals, config)
+        entrance = Entrance()
+        async with _http_running(HttpServer(entrance, config), listener) as serving:
+            log.info("loading %s", directory)
+            template = None if config.chat_template is None else read_template(config.chat_template)
+            tokenizer = await asyncio.to_thread(Tokenizer, directory, template)
+            defaults = read_defaults(directory, config.generation_config, config.override_generation_config or {})
+            ready = await _wait_ready(channel, running, signals, serving)
+            if ready is None:
+                return 0
+            client = EngineClient(channel, ready, config.max_queue)
+            services = build_services(name, int(time.time()), tokenizer, client, defaults, config, engine_config)
+            gc.freeze()
+            gc.set_threshold(_GC_THRESHOLD)
+            entrance.app = build_app(services, [tracing.record] if tracing is not None else [])
+            _log_banner(services)
+            log.info("ready: serving at %s", describe_address(listener, config))
+            return await _serve(serving, client, running, signals, config)
+
+
+@contextlib.asynccontextmanager
+async def _http_running(http: HttpServer, listener: socket.socket) -> AsyncIterator["asyncio.Task[None]"]:
+    """The task that serves HTTP, which ends on leaving. Raises ConfigError if it fails."""
+    serving = asyncio.create_task(http.serve([listener]))
+    try:
+        yield serving
+    finally:
+        http.should_exit = True
+        await asyncio.wait([serving])
+    failure = serving.exception()
+    if failure is not None:
+        raise ConfigError(f"the HTTP server failed: {failure}") from failure
 
 
 @contextlib.contextmanager
@@ -125,10 +143,13 @@ def _log_banner(services: Services) -> None:
     log_fields(log, logging.INFO, f"Tandem {read_version()}", figures)
 
 
-async def _wait_ready(channel: AsyncEnd, engine: "_EngineProcess", signals: "_Signals") -> Ready | None:
-    """The engine's Ready, or None if a signal came first. Raises ConfigError if the engine fails."""
+async def _wait_ready(
+    channel: AsyncEnd, engine: "_EngineProcess", signals: "_Signals", serving: "asyncio.Task[None]"
+) -> Ready | None:
+    """The engine's Ready, or None if a signal, or the end of HTTP, came first. Raises ConfigError if the engine
+    fails."""
     receiving = asyncio.ensure_future(channel.receive())
-    await _first(receiving, engine.died.wait(), signals.stop.wait())
+    await _first(receiving, engine.died.wait(), signals.stop.wait(), serving)
     if engine.died.is_set():
         await asyncio.wait([receiving], timeout=_LAST_WORDS_SECONDS)
     if receiving.done():
@@ -138,21 +159,19 @@ async def _wait_ready(channel: AsyncEnd, engine: "_EngineProcess", signals: "_Si
         assert isinstance(reply, Ready)
         return reply
     receiving.cancel()
-    if signals.stop.is_set():
+    if signals.stop.is_set() or serving.done():
         return None
     raise ConfigError(f"the engine process ended at start, {engine.describe_exit()}")
 
 
 async def _serve(
-    http: HttpServer,
-    listener: socket.socket,
+    serving: "asyncio.Task[None]",
     client: EngineClient,
     engine: "_EngineProcess",
     signals: "_Signals",
     config: ServerConfig,
 ) -> int:
-    """Serve until a signal (returns 0) or until the engine has gone (returns 1). Raises ConfigError if HTTP fails."""
-    serving = asyncio.create_task(http.serve([listener]))
+    """Serve until a signal, or the end of HTTP (returns 0), or until the engine has gone (returns 1)."""
     delivering = asyncio.create_task(client.run())
     reporting = asyncio.create_task(_report(client, config.log_interval))
     await _first(signals.stop.wait(), engine.died.wait(), delivering, serving)
@@ -164,13 +183,8 @@ async def _serve(
     client.fail(client.failure or EngineDead(f"the engine process has gone, {engine.describe_exit()}"))
     if failed:
         log.error("stopping: %s", client.failure)
-    http.should_exit = True
-    await asyncio.wait([serving])
     delivering.cancel()
     reporting.cancel()
-    failure = serving.exception()
-    if failure is not None:
-        raise ConfigError(f"the HTTP server failed: {failure}") from failure
     return 1 if failed else 0
 
 

@@ -156,7 +156,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Generate:
-    """api -> engine: a new request. `prompt_token_ids` is not empty and fits the context limit.
+    """api -> engine: a new request. `prompt_token_ids` is not empty and fits the context limit, with one token of
+    output unless `max_tokens` is 0.
 
     A lower `priority` is served first. After `timeout` seconds the request is ended. Requests reuse each other's prefix
     only under the same `cache_salt`.

@@ -18,7 +18,7 @@ import jinja2
 import jinja2.sandbox
 import tokenizers
 
-from server.errors import CheckpointError, InvalidRequest
+from server.errors import CheckpointError, ConfigError, InvalidRequest
 from server.messages import SamplingParams
 
 # What rendering a template with a client's values can raise; every other exception is our own mistake.
@@ -37,17 +37,22 @@ _RESERVED_VARIABLES = ("messages", "add_generation_prompt", "tools")
 # space.
 _END_OF_CONTENT = "[[end of content]] "
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What tells a template from the name of a file.
+_TEMPLATE_CHARS = frozenset("{}\n")
 
 
 class Tokenizer:
-    """The tokenizer and chat template of one checkpoint directory. Raises CheckpointError where they cannot be read."""
+    """The tokenizer and chat template of one checkpoint directory. Raises CheckpointError where they cannot be read.
 
-    def __init__(self, directory: str | Path):
+    `template` is a chat template to take instead of the checkpoint's.
+    """
+
+    def __init__(self, directory: str | Path, template: str | None = None):
         path = Path(directory)
         self._tokenizer = _load_tokenizer(path / "tokenizer.json")
         config = _load_json(path / "tokenizer_config.json")
         self._named_tokens = {name: _token_text(path, name, config[name]) for name in _NAMED_TOKENS if config.get(name)}
-        template = _find_template(path, config)
+        template = _find_template(path, config) if template is None else template
         self._template = _compile_template(template)
         # What others need to do the same.
         self.description = {
@@ -333,6 +338,17 @@ def _token_text(path: Path, name: str, entry: Any) -> str:
             f"{path / 'tokenizer_config.json'} has the {name} {str(entry)[:60]}, it must be a text or have a content"
         )
     return text
+
+
+def read_template(text: str) -> str:
+    """The chat template that `--chat-template` gives: the file of this name, or the text itself where it has what no
+    name has. Raises ConfigError."""
+    if not _TEMPLATE_CHARS.isdisjoint(text):
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {text} cannot be read: {error}") from error
 
 
 def _find_template(path: Path, config: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import itertools
 from server.api.chat_messages import MAX_MESSAGES, MAX_PARTS, read_arguments, read_content, read_text
 from server.api.conversations import CONVERSATION_FIELDS, Conversation, Message, merge_messages, read_flat_tools
 from server.api.fields import Fields, known_fields, shown, split_list
-from server.api.tools import AUTO, NAMED, NONE, REQUIRED, Tool, Tools, mistake, read_function
+from server.api.tools import AUTO, NAMED, NONE, REQUIRED, Choice, Tool, Tools, mistake, read_function
 from server.errors import InvalidRequest
 
 MESSAGES_FIELDS = known_fields(
@@ -106,15 +106,15 @@ def _read_thinking(fields: Fields) -> tuple[bool, int | None]:
 
 def _read_tools(fields: Fields) -> Tools | None:
     if not fields.has("tool_choice"):
-        return read_flat_tools(fields, AUTO, None, True, _read_tool)
+        return read_flat_tools(fields, Choice(AUTO), True, _read_tool)
     choice = Fields(_CHOICE, fields.raw("tool_choice"), "tool_choice")
     kind = choice.text("type", "")
     if kind not in _CHOICES:
         rule = f"it must be one of {', '.join(_CHOICES)}"
         raise InvalidRequest(f"tool_choice.type is {shown(kind)}, {rule}", "tool_choice.type")
-    named = choice.text("name", "") if kind == "tool" else None
+    names = (choice.text("name", ""),) if kind == "tool" else None
     is_parallel = not choice.boolean("disable_parallel_tool_use", False)
-    return read_flat_tools(fields, _CHOICES[kind], named, is_parallel, _read_tool)
+    return read_flat_tools(fields, Choice(_CHOICES[kind], names), is_parallel, _read_tool)
 
 
 def _read_tool(entry: bytes, where: str) -> Tool:

@@ -12,15 +12,25 @@ from server.api.access import KeyGuard
 from server.api.anthropic_messages import add_anthropic_routes
 from server.api.chat import answer_chat
 from server.api.completions import answer_completion
-from server.api.error_bodies import REQUEST_ID_HEADER, install_error_handlers
+from server.api.error_bodies import ANSWER_ID_HEADERS, install_error_handlers
 from server.api.exchange import Exchange, ExchangeRecorder, log_exchange
 from server.api.fields import shown
 from server.api.generate import add_generate_routes
 from server.api.generate_tokens import add_token_routes
+from server.api.invocations import answer_invocation
 from server.api.openapi import GENERATION_ERRORS, operation, path_parameter
 from server.api.playground_page import add_playground_routes
 from server.api.responses import add_response_routes
-from server.api.schemas import CHAT_COMPLETION, CHAT_REQUEST, COMPLETION, COMPLETION_REQUEST, MODEL, MODEL_LIST
+from server.api.schemas import (
+    ANY_ANSWER,
+    ANY_REQUEST,
+    CHAT_COMPLETION,
+    CHAT_REQUEST,
+    COMPLETION,
+    COMPLETION_REQUEST,
+    MODEL,
+    MODEL_LIST,
+)
 from server.api.services import Services
 from server.api.status import add_status_routes
 from server.api.tokenization import add_tokenizer_routes
@@ -54,7 +64,7 @@ def _add_middleware(app: FastAPI, services: Services, observers: Sequence[Callab
             allow_origins=config.allowed_origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER,),
+            expose_headers=ANSWER_ID_HEADERS,
         )
     log = () if config.disable_log_requests else (log_exchange,)
     count = partial(_count_exchange, services)
@@ -81,6 +91,14 @@ def _add_generation_routes(app: FastAPI, services: Services) -> None:
     async def completions(request: Request) -> Response:
         """Continuations of prompts, whole or streamed."""
         return await answer_completion(request, services)
+
+    @app.post(
+        "/invocations",
+        **operation(request=ANY_REQUEST, answer=ANY_ANSWER, streams=True, errors=GENERATION_ERRORS),
+    )
+    async def invocations(request: Request) -> Response:
+        """A chat message, or continuations of prompts."""
+        return await answer_invocation(request, services)
 
 
 def _add_other_routes(app: FastAPI, services: Services) -> None:

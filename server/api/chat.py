@@ -1,11 +1,12 @@
 """POST /v1/chat/completions: its fields."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
 
-from server.api.chat_format import ChatFormat, MessageRules
+from server.api.chat_format import ChatFormat, FirstCall, MessageRules
 from server.api.constraints import read_masks
 from server.api.fields import Fields
 from server.api.generation import Job
@@ -27,6 +28,12 @@ class ChatJob(Job):
     """A job whose answer is a message by these `rules`."""
 
     rules: MessageRules
+
+    def watch(self) -> Callable[[str], bool] | None:
+        """Where one call may be made at most, it ends the answer."""
+        tools = self.rules.tools
+        is_open = tools is None or tools.is_parallel
+        return None if is_open else FirstCall(self.rules, self.sampling.min_tokens).ends_with
 
 
 async def answer_chat(request: Request, services: Services) -> Response:
@@ -63,14 +70,21 @@ def read_chat_job(fields: Fields, services: Services) -> ChatJob:
 def read_message_masks(
     fields: Fields, tools: Tools | None, prompt: ChatPrompt, services: Services, form: Constraint | None = None
 ) -> dict[str, Any]:
-    """Which tokens of a message may come. A call that must be made goes before a format of the content (`form`, if the
-    common fields for it have none), a format before calls that may be made."""
+    """Which tokens of a message may come. What the common fields demand of the output goes before calls that may be
+    made, and cannot be had with one that must be. A format of the content alone (`form`, if those have none) goes
+    before calls that may be made, and a call that must be made before it."""
     tokenizer = services.tokenizer
     masks = read_masks(fields, tokenizer, services.limits.vocab_size, prompt.is_thinking)
     after = tokenizer.token_id(END_OF_THINKING) if prompt.is_thinking else None
-    if masks["constraint"] is None and form is not None:
+    constraint, must_call = masks["constraint"], tools is not None and tools.choice != AUTO
+    if tools is not None and must_call and constraint is not None:
+        raise InvalidRequest(
+            f"{tools.choice_name} demands a call and {constraint.field} another form of the output; leave one out",
+            constraint.field,
+        )
+    if constraint is None and form is not None:
         masks["constraint"] = replace(form, after_token_id=after)
-    if tools is not None and (masks["constraint"] is None or tools.choice != AUTO):
+    if tools is not None and (masks["constraint"] is None or must_call):
         masks["constraint"] = tool_constraint(tools, after)
     return masks
 

@@ -22,7 +22,7 @@ from server.api.tools import NAMED, Tools
 from server.messages import FINISH_STOP
 from server.tokenizer import Tokenizer
 
-FINISH_TOOL_CALLS = "tool_calls"
+FINISH_TOOL_CALLS, FINISH_FUNCTION_CALL = "tool_calls", "function_call"
 START_OF_CALL, END_OF_CALL = "<tool_call>", "</tool_call>"
 
 
@@ -36,20 +36,39 @@ class MessageRules:
     reasoning: Reasoning = field(default_factory=Reasoning)
     beginning: str = ""
 
+    def make_parser(self) -> MessageParser:
+        """One for an answer, which has its beginning still to read."""
+        tools = self.tools
+        return MessageParser(
+            None if tools is None else tools.schemas,
+            # The beginning has the start of the reasoning in it.
+            self.starts_thinking and not self.beginning,
+            self.reasoning.is_separate,
+            tools is None or tools.is_parallel,
+        )
+
+
+class FirstCall:
+    """Finds the end of a message that may have one call: the token that ends the call, if it is not among the first
+    `min_tokens`."""
+
+    def __init__(self, rules: MessageRules, min_tokens: int):
+        self._parser, self._num_left = rules.make_parser(), min_tokens
+        self._parser.push(rules.beginning)
+
+    def ends_with(self, text: str) -> bool:
+        """Whether the message ends with the next token, which has this text."""
+        self._parser.push(text)
+        self._num_left -= 1
+        return self._parser.has_call and self._num_left <= 0
+
 
 class MessageReader:
     """One message while it is generated. `num_reasoning_tokens` counts the tokens before the end of the reasoning."""
 
     def __init__(self, tokenizer: Tokenizer, rules: MessageRules):
-        tools = rules.tools
-        self._tools = tools
-        self._parser = MessageParser(
-            None if tools is None else tools.schemas,
-            # The beginning has the start of the reasoning in it.
-            rules.starts_thinking and not rules.beginning,
-            rules.reasoning.is_separate,
-            tools is None or tools.is_parallel,
-        )
+        self._tools = rules.tools
+        self._parser = rules.make_parser()
         self._beginning = rules.beginning
         self._shows_reasoning = rules.reasoning.is_included
         self._end_id = tokenizer.token_id(END_OF_THINKING)
@@ -71,7 +90,9 @@ class MessageReader:
     def finish_reason(self, reason: str | None) -> str | None:
         """The message's finish reason for the generation's."""
         calls = self._parser.num_calls > 0 and self._tools is not None and self._tools.choice != NAMED
-        return FINISH_TOOL_CALLS if calls and reason == FINISH_STOP else reason
+        if not calls or reason != FINISH_STOP:
+            return reason
+        return FINISH_FUNCTION_CALL if self._tools is not None and self._tools.is_older else FINISH_TOOL_CALLS
 
     def _count(self, token_ids: Iterable[int]) -> None:
         """Text may be held back, so it is the tokens that tell where the reasoning ends, and the text whether a call
@@ -101,6 +122,7 @@ class ChatFormat:
         self._num_top = job.sampling.logprobs
         self._tokens_as_ids = job.tokens_as_ids
         self._rules = rules
+        self._is_older = rules.tools is not None and rules.tools.is_older
         self._readers: dict[int, MessageReader] = {}
 
     @property
@@ -115,7 +137,7 @@ class ChatFormat:
         """
         is_first = delta.index not in self._readers
         reader = self._reader(delta.index)
-        chunks = [_chunk(delta.index, _write(piece)) for piece in reader.take(delta)]
+        chunks = [_chunk(delta.index, _write(piece, self._is_older)) for piece in reader.take(delta)]
         logprobs = self._logprobs(delta)
         if not chunks and (delta.finish_reason is not None or logprobs is not None):
             chunks.append(self.empty_chunk(delta.index))
@@ -136,7 +158,7 @@ class ChatFormat:
         entries = [entry for delta in deltas if (part := self._logprobs(delta)) for entry in part["content"]]
         return {
             "index": choice.index,
-            "message": write_message(pieces),
+            "message": write_message(pieces, self._is_older),
             "logprobs": None if self._num_top is None else {"content": entries},
             "finish_reason": reader.finish_reason(deltas[-1].finish_reason),
             "stop_reason": deltas[-1].stop_reason,
@@ -153,8 +175,9 @@ class ChatFormat:
         return chat_logprobs(self._tokenizer, delta, self._num_top, self._tokens_as_ids)
 
 
-def write_message(pieces: Iterable[Piece]) -> dict[str, Any]:
-    """The message that the pieces add up to; null for what it does not have."""
+def write_message(pieces: Iterable[Piece], is_older: bool = False) -> dict[str, Any]:
+    """The message that the pieces add up to; null for what it does not have. In the `is_older` form its one call is a
+    `function_call`."""
     reasoning, content, calls = [], [], []
     arguments: dict[int, list[str]] = {}
     for piece in pieces:
@@ -175,7 +198,9 @@ def write_message(pieces: Iterable[Piece]) -> dict[str, Any]:
         "reasoning": thoughts,
         "reasoning_content": thoughts,
     }
-    if calls:
+    if calls and is_older:
+        message["function_call"] = {"name": calls[0].name, "arguments": "".join(arguments.get(0, ()))}
+    elif calls:
         message["tool_calls"] = [_write_call(call, "".join(arguments.get(call.index, ()))) for call in calls]
     return message
 
@@ -184,14 +209,18 @@ def _write_call(call: ToolCallStart, arguments: str) -> dict[str, Any]:
     return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _write(piece: Piece) -> dict[str, Any]:
+def _write(piece: Piece, is_older: bool) -> dict[str, Any]:
     """The `delta` of a chunk."""
     if isinstance(piece, ReasoningPiece):
         return {"reasoning": piece.text, "reasoning_content": piece.text}
     if isinstance(piece, ContentPiece):
         return {"content": piece.text}
     if isinstance(piece, ToolCallStart):
+        if is_older:
+            return {"function_call": {"name": piece.name, "arguments": ""}}
         return {"tool_calls": [{"index": piece.index, **_write_call(piece, "")}]}
+    if is_older:
+        return {"function_call": {"arguments": piece.text}}
     return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
 
 

@@ -1,7 +1,8 @@
 """The `messages` of a chat request -> what a chat template reads.
 
 Content parts are joined, `developer` is `system`, and the arguments of earlier tool calls, which clients send as JSON
-text, become objects. Every mistake is an InvalidRequest that names the message. Knows neither templates nor tokens.
+text, become objects. `function_call` and role `function` are older forms of a tool call and its result. Every mistake
+is an InvalidRequest that names the message. Knows neither templates nor tokens.
 """
 
 from typing import Any
@@ -17,7 +18,8 @@ MAX_ARGUMENTS_CHARS = 2**20
 # What a chat template may read of a message besides what is checked here.
 _EXTRAS = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning")
-_MESSAGE = known_fields("role", "content", "refusal", "tool_calls", *_REASONING, *_EXTRAS)
+_MESSAGE = known_fields("role", "content", "refusal", "tool_calls", "function_call", *_REASONING, *_EXTRAS)
+_ROLES = {"developer": "system", "function": "tool"}
 _PART = known_fields("type", "text", "refusal")
 _TOOL_CALL = known_fields("id", "type", "function")
 _FUNCTION = known_fields("name", "arguments")
@@ -48,16 +50,14 @@ def read_message(entry: bytes, where: str) -> dict[str, Any]:
     reasoning = next((name for name in _REASONING if fields.has(name)), None)
     if reasoning is not None:
         message["reasoning_content"] = read_text(fields.name(reasoning), fields.raw(reasoning))
-    if fields.has("tool_calls"):
-        calls = split_list(fields.name("tool_calls"), fields.raw("tool_calls"), MAX_TOOL_CALLS)
-        read = [_read_call(Fields(_TOOL_CALL, call, fields.name(f"tool_calls[{i}]"))) for i, call in enumerate(calls)]
-        # No calls are no field, for templates that only ask whether it is there.
-        message.update({"tool_calls": read} if read else {})
+    calls = _read_calls(fields)
+    # No calls are no field, for templates that only ask whether it is there.
+    message.update({"tool_calls": calls} if calls else {})
     content = "content" if fields.has("content") or role != "assistant" else "refusal"
     if role != "assistant" and not fields.has("content"):
         raise InvalidRequest(f"{fields.name('content')} is null, only an assistant's may be", fields.name("content"))
     message["content"] = read_content(fields.name(content), fields.raw(content))
-    return {**message, "role": "system" if role == "developer" else role}
+    return {**message, "role": _ROLES.get(role, role)}
 
 
 def read_content(name: str, raw: bytes) -> str:
@@ -78,11 +78,20 @@ def _read_part(fields: Fields) -> str:
     return read_text(fields.name(field), fields.raw(field))
 
 
-def _read_call(fields: Fields) -> dict[str, Any]:
-    function = Fields(_FUNCTION, fields.raw("function") or b"null", fields.name("function"))
+def _read_calls(message: Fields) -> list[dict[str, Any]]:
+    raws = split_list(message.name("tool_calls"), message.raw("tool_calls") or b"[]", MAX_TOOL_CALLS)
+    calls = [Fields(_TOOL_CALL, raw, message.name(f"tool_calls[{i}]")) for i, raw in enumerate(raws)]
+    read = [
+        {**({"id": call.text("id", "")} if call.has("id") else {}), **_read_function(call, "function")}
+        for call in calls
+    ]
+    return [*read, _read_function(message, "function_call")] if message.has("function_call") else read
+
+
+def _read_function(fields: Fields, field: str) -> dict[str, Any]:
+    function = Fields(_FUNCTION, fields.raw(field) or b"null", fields.name(field))
     name = read_text(function.name("name"), function.raw("name"))
-    call = {"type": "function", "function": {"name": name, "arguments": read_arguments(function, "arguments")}}
-    return {"id": fields.text("id", ""), **call} if fields.has("id") else call
+    return {"type": "function", "function": {"name": name, "arguments": read_arguments(function, "arguments")}}
 
 
 def read_arguments(call: Fields, field: str) -> dict[str, Any]:

@@ -15,6 +15,30 @@ from server.errors import InvalidRequest
 
 # After a body is late: time for an answer that says so.
 _GRACE_SECONDS = 5.0
+# Chunks of a body with fewer bytes than that. Nobody is served while those of one packet, up to 40,000, are parsed.
+_TINY_CHUNK_BYTES, _MAX_TINY_CHUNKS = 256, 4096
+
+
+class FrugalConnection(h11.Connection):
+    """HTTP/1.1 without bodies in too many tiny chunks. `refusal` is what to tell the client of one."""
+
+    _num_tiny = 0
+    refusal = ""
+
+    def next_event(self) -> Any:
+        """What comes next. Raises h11.RemoteProtocolError for what is not HTTP, or costs too much."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_tiny = 0
+        elif isinstance(event, h11.Data) and event.chunk_start and len(event.data) < _TINY_CHUNK_BYTES:
+            self._num_tiny += 1
+            if self._num_tiny > _MAX_TINY_CHUNKS:
+                self.refusal = (
+                    f"the body has more than {_MAX_TINY_CHUNKS} chunks of less than {_TINY_CHUNK_BYTES} bytes, the "
+                    "limit; send it in larger ones"
+                )
+                raise h11.RemoteProtocolError(self.refusal)
+        return event
 
 
 class ImpatientProtocol(H11Protocol):
@@ -22,6 +46,7 @@ class ImpatientProtocol(H11Protocol):
 
     def __init__(self, *args: Any, client_timeout: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.conn = self._frugal = FrugalConnection(h11.SERVER)
         self._client_timeout = client_timeout
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
@@ -68,10 +93,12 @@ class ImpatientProtocol(H11Protocol):
         self._stop_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, or has too long a head, is answered like every other mistake."""
-        body = msgspec.json.encode(error_body(InvalidRequest(msg)))
+        """What is not HTTP, or has too long a head, is answered like every other mistake, if no answer has begun."""
+        body = msgspec.json.encode(error_body(InvalidRequest(self._frugal.refusal or msg)))
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        is_free = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        answer = (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        for event in answer if is_free else ():
             self.transport.write(self.conn.send(event))
         self.transport.close()
 

@@ -18,7 +18,7 @@ from server.api.sampling import SAMPLING_FIELDS, read_max_tokens, read_sampling
 from server.api.services import Services
 from server.api.terms import TERM_FIELDS, read_terms
 from server.api.thinking import END_OF_THINKING
-from server.api.tools import AUTO, MAX_TOOLS, NONE, Tool, Tools, build_tools
+from server.api.tools import AUTO, MAX_TOOLS, NONE, Choice, Tool, Tools, build_tools
 from server.errors import InvalidRequest
 from server.messages import Constraint
 
@@ -121,9 +121,9 @@ def merge_messages(parts: Sequence[Message], separator: str = "") -> Message:
 
 
 def read_flat_tools(
-    fields: Fields, choice: str, named: str | None, is_parallel: bool, read_tool: Callable[[bytes, str], Tool]
+    fields: Fields, choice: Choice, is_parallel: bool, read_tool: Callable[[bytes, str], Tool]
 ) -> Tools | None:
     """The tools of a request for which no tools, and a choice among none, are nothing out of the ordinary."""
-    if choice in (AUTO, NONE) and not split_list("tools", fields.raw("tools") or b"[]", MAX_TOOLS):
+    if choice in (Choice(AUTO), Choice(NONE)) and not split_list("tools", fields.raw("tools") or b"[]", MAX_TOOLS):
         return None
-    return build_tools(fields, choice, named, is_parallel, read_tool)
+    return build_tools(fields, choice, is_parallel, read_tool)

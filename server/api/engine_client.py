@@ -6,13 +6,14 @@ Used from one event loop. Knows token ids, never text; knows nothing of HTTP.
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
 from server import errors
-from server.errors import EngineDead, InvalidRequest, QueueFull, TandemError
+from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import (
     FINISH_ABORT,
     Abort,
@@ -22,6 +23,7 @@ from server.messages import (
     Ready,
     Reply,
     Request,
+    SamplingParams,
     StepReport,
     TokenOutput,
 )
@@ -132,6 +134,24 @@ class EngineClient:
         for request_id, outputs in list(self._in_flight.items()):
             self._forget(request_id)
             outputs.put(failure)
+
+    async def check_generates(self, seconds: float) -> None:
+        """Have one token generated. Raises EngineDead if in this time there is neither that nor, where others are
+        before it, one of theirs."""
+        prompt, sampling = [self.ready.eos_token_ids[0]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        num_before = self.stats.num_output_tokens
+        try:
+            with self.submit([Generate(f"probe-{uuid.uuid4().hex}", prompt, sampling)]) as outputs:
+                await asyncio.wait_for(anext(outputs), seconds)
+            return
+        except QueueFull:
+            await asyncio.sleep(seconds)
+        except (TimeoutError, RequestTimeout):
+            pass
+        except ModelFailure as error:
+            raise EngineDead(f"the engine cannot generate: {error.message}") from error
+        if self.stats.num_output_tokens == num_before:
+            raise EngineDead(f"the engine has generated nothing in {seconds:g} seconds")
 
     async def wait_idle(self) -> None:
         """Return when no request is in flight."""

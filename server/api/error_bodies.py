@@ -8,12 +8,16 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from server.errors import InvalidRequest, NotFound, QueueFull, RequestTimeout, TandemError, Unauthorized
 
-# How an answer names its request, which may have come with a name.
+# How a request may come with a name, and how the answer gives it: OpenAI's header, and Anthropic's.
 REQUEST_ID_HEADER = "x-request-id"
+ANSWER_ID_HEADERS = (REQUEST_ID_HEADER, "request-id")
+# nginx's status where nobody waits for the answer any more; it is seen in logs and metrics only.
+CLIENT_CLOSED = 499
 _ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
 # Anthropic's names of errors, by the HTTP status.
 _ANTHROPIC_TYPES = {
@@ -83,12 +87,20 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     refusal.status = error.status_code
     response = error_response(refusal, request.scope)
     response.headers.update(error.headers or {})
+    if "allow" in response.headers:
+        response.headers["allow"] = ", ".join(sorted(_find_methods(request)))
     return response
+
+
+def _find_methods(request: Request) -> set[str]:
+    """What may be asked of the path, by any of its routes: the framework names those of the first."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return {method for route in routes if isinstance(route, Route) for method in route.methods or ()}
 
 
 async def _answer_mistake(request: Request, _error: Exception) -> Response:
     request_id = request.state.exchange.id
     mistake = TandemError(f"the server made a mistake; its log has the details (request {request_id})")
     response = error_response(mistake, request.scope)
-    response.headers[REQUEST_ID_HEADER] = request_id
+    response.headers.update(dict.fromkeys(ANSWER_ID_HEADERS, request_id))
     return response

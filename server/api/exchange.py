@@ -14,7 +14,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.error_bodies import REQUEST_ID_HEADER
+from server.api.error_bodies import ANSWER_ID_HEADERS, CLIENT_CLOSED, REQUEST_ID_HEADER
 from server.api.generation import Generation
 from server.logs import log_fields
 
@@ -93,13 +93,15 @@ class ExchangeRecorder:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = exchange.id
+                MutableHeaders(scope=message).update(dict.fromkeys(ANSWER_ID_HEADERS, exchange.id))
             await send(message)
 
+        status = 500
         try:
             await self._app(scope, receive, send_with_id)
+            status = CLIENT_CLOSED  # without an error there is no answer only where nobody waits for one
         finally:
-            exchange.status = exchange.status or 500
+            exchange.status = exchange.status or status
             exchange.route = getattr(scope.get("route"), "path", _NO_ROUTE)
             exchange.seconds = time.perf_counter() - exchange.started_at
             for observe in self._observers:

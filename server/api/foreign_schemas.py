@@ -53,6 +53,14 @@ RESPONSE = _object(
     output=_OBJECTS,
     usage=nullable("object"),
 )
+RESPONSE_ITEMS = _object(
+    ("object", "data", "first_id", "last_id", "has_more"),
+    object={"const": "list"},
+    data={"type": "array", "items": _object(("id", "type", "status"), id=_TEXT, type=_TEXT)},
+    first_id=nullable("string"),
+    last_id=nullable("string"),
+    has_more={"type": "boolean"},
+)
 ANTHROPIC_REQUEST = _object(
     ("messages", "max_tokens"),
     **_without("max_tokens", "tool_choice"),
@@ -93,7 +101,7 @@ GENERATE_REQUEST: dict[str, Any] = {
         top_logprobs_num=nullable("integer", minimum=-1),
         return_text_in_logprobs=nullable("boolean"),
         stream=nullable("boolean"),
-        rid=_one_or_list(_TEXT),
+        rid={"oneOf": [nullable("string"), {"type": "array", "items": _TEXT, "minItems": 1}]},
         extra_key=nullable("string", minLength=1, maxLength=256),
         **{name: _CHAT[name] for name in ("model", *TERM_FIELDS)},
     ),

@@ -18,7 +18,7 @@ from server.api.foreign_schemas import GENERATE_ANSWER, GENERATE_REQUEST
 from server.api.generation import Choice, Delta, Generation, Job
 from server.api.logprobs import finite
 from server.api.openapi import GENERATION_ERRORS, operation
-from server.api.prompts import MAX_PROMPTS, PROMPT_FIELDS
+from server.api.prompts import MAX_PROMPTS, PROMPT_FIELDS, PromptReader
 from server.api.requests import check_model, generate, read_request_id, refuse_unserved
 from server.api.sampling import MAX_CHOICES, SAMPLING_FIELDS, read_num_logprobs, read_sampling
 from server.api.services import Services
@@ -91,7 +91,8 @@ def read_generate_job(fields: Fields, services: Services) -> GenerateJob:
     if fields.boolean("return_logprob", False):
         sampling = replace(sampling, logprobs=num_top, prompt_logprobs=None if start < 0 else num_top)
     key, stream, shows_text = read_salt(fields, "extra_key"), *(fields.boolean(name, False) for name in _FLAGS)
-    prompts, is_single = _read_prompts(fields, services)
+    reader = services.prompts.without_output() if sampling.max_tokens == 0 else services.prompts
+    prompts, is_single = _read_prompts(fields, reader)
     shortest = min(map(len, prompts))
     if len(prompts) * n > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts with n = {n} are over the limit of {MAX_PROMPTS}", "n")
@@ -128,7 +129,7 @@ def _read_sampling(params: Fields, services: Services) -> SamplingParams:
     )
 
 
-def _read_prompts(fields: Fields, services: Services) -> tuple[list[list[int]], bool]:
+def _read_prompts(fields: Fields, reader: PromptReader) -> tuple[list[list[int]], bool]:
     """(the prompts, whether there is one and not a list of them)."""
     if fields.has("text") == fields.has("input_ids"):
         raise InvalidRequest("text and input_ids are both given or both missing; give one of them", "text")
@@ -139,7 +140,7 @@ def _read_prompts(fields: Fields, services: Services) -> tuple[list[list[int]], 
     if is_text != (name == "text") or not (is_text or is_list):
         kind = "text" if name == "text" else "list of token ids"
         raise InvalidRequest(f"{name} is {shown_json(raw)}, it must be a {kind} or a list of such", name)
-    return services.prompts.read_prompts(fields, name), not is_list or first not in b'["'
+    return reader.read_prompts(fields, name), not is_list or first not in b'["'
 
 
 def _read_names(fields: Fields, count: int, is_single: bool) -> list[str]:

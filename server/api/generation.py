@@ -5,7 +5,7 @@ it. Knows neither JSON shapes nor HTTP.
 """
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from server.api.engine_client import EngineClient
@@ -51,6 +51,11 @@ class Job:
     request_id: str = ""
     prompt_names: list[str] = field(default_factory=list)
 
+    def watch(self) -> Callable[[str], bool] | None:
+        """For one choice: what is told its text, token by token, and says whether that is all that counts. None where
+        only the model and the sampling settings end it."""
+        return None
+
 
 @dataclass(frozen=True)
 class StepSpec:
@@ -78,10 +83,18 @@ class Delta:
 
 
 class Choice:
-    """One continuation: turns the engine's outputs into deltas and cuts them at stop strings."""
+    """One continuation: turns the engine's outputs into deltas and cuts them at stop strings, or where its text
+    `is_complete` (see `Job.watch`)."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, clock: RequestClock):
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        clock: RequestClock,
+        is_complete: Callable[[str], bool] | None = None,
+    ):
         self._detokenizer = detokenizer
+        self._is_complete = is_complete
         self.clock = clock
         self.index = index
         self.num_accepted = 0
@@ -99,17 +112,18 @@ class Choice:
     def take(self, output: TokenOutput) -> Delta:
         """The delta of one output. A stop string ends the choice even where the engine would go on."""
         detokenizer, num_before = self._detokenizer, self.num_tokens
-        text = detokenizer.push(output.token_ids, output.finish_reason == FINISH_STOP)
-        if output.finish_reason is not None:
+        text, is_complete = self._push(output)
+        if output.finish_reason is not None and not is_complete:
             text += detokenizer.finish()
         matched = detokenizer.stop_match
-        self.finish_reason = output.finish_reason if matched is None else FINISH_STOP
+        was_cut = is_complete or matched is not None
+        self.finish_reason = FINISH_STOP if was_cut else output.finish_reason
         num_new = self.num_tokens - num_before
-        spec = self._count(output, num_new, was_cut=matched is not None)
+        spec = self._count(output, num_new, was_cut)
         self.clock.count_tokens(num_new, output.queue_seconds)
         if self.finish_reason is not None:
             self.clock.end(self.finish_reason)
-        stop_reason = output.stop_token_id if matched is None else matched
+        stop_reason = matched if was_cut else output.stop_token_id
         return Delta(
             self.index,
             text,
@@ -120,6 +134,18 @@ class Choice:
             output.prompt_logprobs,
             spec,
         )
+
+    def _push(self, output: TokenOutput) -> tuple[str, bool]:
+        """(the text of an output, whether it has made the choice complete: then its other tokens are left out)."""
+        detokenizer, ends = self._detokenizer, output.finish_reason == FINISH_STOP
+        if self._is_complete is None:
+            return detokenizer.push(output.token_ids, ends), False
+        texts = []
+        for count, token_id in enumerate(output.token_ids, start=1):
+            texts.append(detokenizer.push([token_id], ends and count == len(output.token_ids)))
+            if self._is_complete(texts[-1]) and detokenizer.stop_match is None:
+                return "".join(texts), True
+        return "".join(texts), False
 
     def _count(self, output: TokenOutput, num_new: int, was_cut: bool) -> StepSpec:
         num_accepted, num_proposed = output.num_accepted, output.num_proposed
@@ -151,7 +177,12 @@ class Generation:
         self._prefix = uuid.uuid4().hex
         detokenizers = (Detokenizer(tokenizer, job.sampling) for _ in range(len(job.prompts) * job.n))
         self.choices = [
-            Choice(index, detokenizer, metrics.start_request(len(job.prompts[index // job.n]), job.sampling, job.n))
+            Choice(
+                index,
+                detokenizer,
+                metrics.start_request(len(job.prompts[index // job.n]), job.sampling, job.n),
+                job.watch(),
+            )
             for index, detokenizer in enumerate(detokenizers)
         ]
 

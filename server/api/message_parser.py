@@ -122,6 +122,11 @@ class MessageParser:
         self._is_silent = False  # the call that is being read does not count
         self._arguments = ArgumentWriter({})
 
+    @property
+    def has_call(self) -> bool:
+        """Whether the last call has begun and ended."""
+        return self.num_calls > 0 and not self._is_in_block
+
     def push(self, text: str) -> list[Piece]:
         """What is certain now that `text` has come."""
         self._text, self._at = self._text[self._at :] + text, 0
@@ -133,7 +138,7 @@ class MessageParser:
         """What was held back, once nothing more comes.
 
         An open call of a message that ended by itself is completed. Of one that was cut off the arguments stay
-        unfinished, and a call without its whole name is left out.
+        unfinished, and a call without its whole name is left out, be it no more than the beginning of its marker.
         """
         rest = self._text[self._at :]
         if self._read in (self._read_block, self._read_name):
@@ -142,7 +147,11 @@ class MessageParser:
             else:
                 self._say("".join(self._opening + self._name) + rest)
         elif self._read == self._read_text:
-            self._say("" if self._is_in_block and _END_CALL.startswith(rest) else rest)
+            begins_call = is_truncated and self._tools is not None and len(rest) > 1 and _CALL.startswith(rest)
+            if begins_call:
+                self._spaces = []
+            ends_call = self._is_in_block and _END_CALL.startswith(rest)
+            self._say("" if begins_call or ends_call else rest)
         elif not is_truncated:
             if self._read == self._read_value:
                 self._write(self._arguments.push(rest) + self._arguments.close())

@@ -23,6 +23,7 @@ _NOT_ALIASED = (
     "engine_faults",
     "num_steps",
     "accept_length",
+    "spec_decode_num_drafts",
     "spec_decode_num_draft_tokens_per_pos",
     "spec_decode_requests_per_depth",
     "spec_decode_predicted_gain",
@@ -38,6 +39,9 @@ _NOT_ALIASED = (
     "prefix_cache_host_hits",
     "prefix_cache_host_refused",
 )
+_DRAFT_STEPS = "spec_decode_num_draft_steps"
+# What the others call something else. Their accept length is 1 + accepted / drafts, of steps with drafts alone.
+_ALIASES = {_DRAFT_STEPS: "spec_decode_num_drafts"}
 _LABELS = ("model_name", "engine")
 _FINISH_REASONS = (FINISH_STOP, FINISH_LENGTH, FINISH_ABORT)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
@@ -243,6 +247,8 @@ class _EngineCollector(Collector):
         proposed, accepted = stats.proposed_per_position, stats.accepted_per_position
         yield self._gauge("accept_length", "Tokens per verify step since start.", length)
         yield self._counter(name + "num_drafts", "Verify steps of requests.", stats.num_verify_steps)
+        # Every step with drafts has a first one.
+        yield self._counter(_DRAFT_STEPS, "Those of them that had drafts.", proposed[0] if proposed else 0)
         yield self._counter(name + "num_draft_tokens", "Tokens drafted.", stats.num_proposed)
         yield self._counter(name + "num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted)
         yield self._per_index(name + "num_draft_tokens_per_pos", "Tokens drafted, by draft.", "position", proposed)
@@ -313,4 +319,6 @@ def _rename(family: Metric) -> Metric:
 
 
 def _alias(name: str) -> str:
-    return ALIAS_PREFIX + name.removeprefix(OWN_PREFIX)
+    name, end = name.removeprefix(OWN_PREFIX), "_total" if name.endswith("_total") else ""
+    name = name.removesuffix(end)
+    return ALIAS_PREFIX + _ALIASES.get(name, name) + end

@@ -77,6 +77,11 @@ def nullable(kind: str, **rules: Any) -> Schema:
     return {"type": [kind, "null"], **rules}
 
 
+def query_parameter(name: str, schema: Schema) -> Schema:
+    """A field in the route's query, which may be left out."""
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
 def path_parameter(name: str) -> Schema:
     """A text in the route's path."""
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 
 from server.api.constraints import MASK_FIELDS
 from server.api.envelope import Envelope, Format
+from server.api.error_bodies import CLIENT_CLOSED
 from server.api.exchange import exchange_of
 from server.api.fields import Fields, known_fields, require_boolean, shown
 from server.api.generation import Generation, Job
@@ -26,7 +27,7 @@ from server.api.transport import DONE, ClientGone, EventStream, run_until_discon
 from server.errors import InvalidRequest, NotFound
 
 # Known fields that change the answer and are not served: ignoring them would give a wrong answer silently.
-_UNSERVED = ("functions", "function_call", "suffix", "use_beam_search")
+_UNSERVED = ("suffix", "use_beam_search")
 _HARMLESS: tuple[object, ...] = (False, "", [], {"type": "text"})
 ANSWER_FIELDS = (
     *("model", "stream", "stream_options", "request_id", "echo", "best_of"),
@@ -36,7 +37,6 @@ _CHAT_FIELDS = (*TOOL_FIELDS, *THINKING_FIELDS)
 _DRAWING_FIELDS = (*SAMPLING_FIELDS, *MASK_FIELDS)
 _REQUEST = known_fields(*ANSWER_FIELDS, *PROMPT_FIELDS, *_CHAT_FIELDS, *_DRAWING_FIELDS, *TERM_FIELDS, *_UNSERVED)
 _MAX_ID_CHARS = 256
-_CLIENT_CLOSED = 499
 
 J = TypeVar("J", bound=Job)
 
@@ -85,7 +85,7 @@ async def generate(
             return EventStream(answer.events(), services.config.keep_alive_interval, closing)
         return await run_until_disconnect(request.receive, answer.whole())
     except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED)
+        return Response(status_code=CLIENT_CLOSED)
 
 
 async def reply(
@@ -101,7 +101,7 @@ async def reply(
                 data = msgspec.json.encode(act(await services.read(read, body)))
         return Response(data, media_type="application/json")
     except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED)
+        return Response(status_code=CLIENT_CLOSED)
 
 
 def read_stream(fields: Fields) -> dict[str, Any]:

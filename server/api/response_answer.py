@@ -68,6 +68,11 @@ class ResponseAnswer:
         self.id = f"resp_{uuid.uuid4().hex}"
         self._head = {"id": self.id, "created_at": int(time.time()), "model": services.model_name, **_CONSTANTS}
 
+    @property
+    def items(self) -> list[bytes]:
+        """The items of the conversation that it answers."""
+        return self._job.items
+
     async def whole(self) -> Response:
         """The finished response."""
         async with aclosing(self._deltas()) as deltas:
@@ -153,7 +158,7 @@ class ResponseAnswer:
                 item for item in response["output"] if item["type"] != FUNCTION_CALL or item["status"] == "completed"
             ]
             items = [*self._job.items, *map(msgspec.json.encode, kept)]
-            self._store.put(self.id, Stored(body, b"[" + b",".join(items) + b"]"))
+            self._store.put(self.id, Stored(body, b"[" + b",".join(items) + b"]", len(self._job.items)))
         return body
 
     def _usage(self) -> dict[str, Any]:

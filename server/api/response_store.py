@@ -13,10 +13,12 @@ _OVERHEAD_BYTES = 1024
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished response: its JSON, and the items of the whole conversation, its own last (a JSON list)."""
+    """A finished response: its JSON, and the items of the whole conversation (a JSON list): the first `num_input` of
+    them it was made of, the others are its own."""
 
     body: bytes
     items: bytes
+    num_input: int
 
     @property
     def num_bytes(self) -> int:

@@ -9,8 +9,9 @@ from fastapi import FastAPI, Request, Response
 from server.api.chat_messages import MAX_MESSAGES, read_text
 from server.api.conversations import CONVERSATION_FIELDS, Conversation, read_flat_tools, read_form, read_job
 from server.api.fields import Fields, known_fields, shown, shown_json, split_list
-from server.api.foreign_schemas import RESPONSE, RESPONSE_REQUEST
-from server.api.openapi import GENERATION_ERRORS, operation, path_parameter
+from server.api.foreign_schemas import RESPONSE, RESPONSE_ITEMS, RESPONSE_REQUEST
+from server.api.input_items import MAX_ITEMS, ORDERS, list_items, read_page
+from server.api.openapi import GENERATION_ERRORS, operation, path_parameter, query_parameter
 from server.api.requests import check_model, generate, refuse_unserved
 from server.api.response_answer import ResponseAnswer, ResponseJob
 from server.api.response_items import read_items
@@ -18,7 +19,19 @@ from server.api.response_store import ResponseStore
 from server.api.sampling import read_num_logprobs
 from server.api.services import Services
 from server.api.thinking import EFFORTS
-from server.api.tools import AUTO, NAMED, NONE, REQUIRED, Tool, Tools, mistake, read_function
+from server.api.tools import (
+    ALLOWED,
+    AUTO,
+    NAMED,
+    NONE,
+    REQUIRED,
+    Choice,
+    Tool,
+    Tools,
+    mistake,
+    read_allowed,
+    read_function,
+)
 from server.errors import InvalidRequest, NotFound
 
 _UNSERVED = ("background", "conversation", "prompt")
@@ -34,12 +47,17 @@ _TOOL = known_fields("type", "name", "description", "parameters", "strict")
 _CHOICE = known_fields("type", "name")
 _SCORES = "message.output_text.logprobs"
 _MAX_INCLUDED = 64
+_PAGE = [
+    query_parameter("limit", {"type": "integer", "minimum": 1, "maximum": MAX_ITEMS}),
+    query_parameter("order", {"enum": [*ORDERS]}),
+    query_parameter("after", {"type": "string"}),
+]
 
 
 def add_response_routes(app: FastAPI, services: Services) -> None:
-    """POST /v1/responses, and GET, DELETE and cancel of one response."""
+    """POST /v1/responses, and what can be done with one response."""
     store, running = ResponseStore(), dict[str, ResponseAnswer]()
-    one = [path_parameter("response_id")]
+    _add_stored_routes(app, store, running)
 
     @app.post(
         "/v1/responses", **operation(request=RESPONSE_REQUEST, answer=RESPONSE, streams=True, errors=GENERATION_ERRORS)
@@ -54,13 +72,35 @@ def add_response_routes(app: FastAPI, services: Services) -> None:
             closing=b"",
         )
 
-    @app.get("/v1/responses/{response_id}", **operation(answer=RESPONSE, errors=[NotFound], parameters=one))
+
+def _add_stored_routes(app: FastAPI, store: ResponseStore, running: dict[str, ResponseAnswer]) -> None:
+    one = [path_parameter("response_id")]
+    readable = [InvalidRequest, NotFound]
+
+    @app.get(
+        "/v1/responses/{response_id}",
+        **operation(answer=RESPONSE, errors=readable, parameters=[*one, query_parameter("stream", {"const": False})]),
+    )
     async def show_response(request: Request) -> Response:
         """A response that is being generated or was stored."""
+        _refuse_stream(request)
         response_id = request.path_params["response_id"]
         if response_id in running:
             return _json(running[response_id].describe("in_progress"))
         return Response(store.get(response_id).body, media_type="application/json")
+
+    @app.get(
+        "/v1/responses/{response_id}/input_items",
+        **operation(answer=RESPONSE_ITEMS, errors=readable, parameters=[*one, *_PAGE]),
+    )
+    async def list_input_items(request: Request) -> Response:
+        """What a response was made of: the items of the conversation before it."""
+        response_id, page = request.path_params["response_id"], read_page(request.query_params)
+        if response_id in running:
+            return _json(list_items(response_id, running[response_id].items, page))
+        stored = store.get(response_id)
+        items = msgspec.json.decode(stored.items, type=list[msgspec.Raw])[: stored.num_input]
+        return _json(list_items(response_id, [bytes(item) for item in items], page))
 
     @app.delete("/v1/responses/{response_id}", **operation(errors=[NotFound], parameters=one))
     async def delete_response(request: Request) -> dict[str, Any]:
@@ -77,6 +117,13 @@ def add_response_routes(app: FastAPI, services: Services) -> None:
             return Response(store.get(response_id).body, media_type="application/json")
         running[response_id].cancel()
         return _json(running[response_id].describe("cancelled"))
+
+
+def _refuse_stream(request: Request) -> None:
+    stream = request.query_params.get("stream", "false")
+    if stream.lower() not in ("false", "0"):
+        rule = "it must be false: a response is streamed while it is created, later it is told whole"
+        raise InvalidRequest(f"stream is {shown(stream)}, {rule}", "stream")
 
 
 def read_response_job(fields: Fields, services: Services, store: ResponseStore) -> ResponseJob:
@@ -152,19 +199,20 @@ def _read_conversation(
 
 
 def _read_tools(fields: Fields) -> Tools | None:
-    choice, named = _read_choice(fields)
-    return read_flat_tools(fields, choice, named, fields.boolean("parallel_tool_calls", True), _read_tool)
+    return read_flat_tools(fields, _read_choice(fields), fields.boolean("parallel_tool_calls", True), _read_tool)
 
 
-def _read_choice(fields: Fields) -> tuple[str, str | None]:
-    """(`tool_choice`, the function it names)."""
+def _read_choice(fields: Fields) -> Choice:
+    """`tool_choice`; auto when absent."""
     raw = fields.raw("tool_choice")
     if raw[:1] == b"{":
         choice = Fields(_CHOICE, raw, "tool_choice")
+        if choice.value("type") == ALLOWED:
+            return read_allowed(fields)
         if choice.value("type") == "function":
-            return NAMED, choice.text("name", "")
+            return Choice(NAMED, (choice.text("name", ""),))
     elif (value := fields.value("tool_choice") if raw else AUTO) in (NONE, AUTO, REQUIRED):
-        return value, None
+        return Choice(value)
     rule = "one of none, auto, required, or an object that names a function"
     raise InvalidRequest(f"tool_choice is {shown_json(raw)}, it must be {rule}", "tool_choice")
 

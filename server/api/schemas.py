@@ -98,6 +98,7 @@ _MESSAGE: Schema = {
         "reasoning_content": nullable("string"),
         "tool_calls": nullable("array", items={"type": "object"}),
         "tool_call_id": nullable("string"),
+        "function_call": nullable("object"),
         "name": nullable("string"),
     },
 }
@@ -128,6 +129,8 @@ CHAT_REQUEST: Schema = {
         "tools": nullable("array", items={"type": "object"}),
         "tool_choice": {"type": ["string", "object", "null"]},
         "parallel_tool_calls": nullable("boolean"),
+        "functions": nullable("array", items={"type": "object"}),
+        "function_call": {"type": ["string", "object", "null"]},
         "reasoning_effort": nullable("string"),
         "enable_thinking": nullable("boolean"),
         "include_reasoning": nullable("boolean"),
@@ -169,6 +172,8 @@ def _answer(object_name: str, content: str) -> Schema:
 
 COMPLETION = _answer("text_completion", "text")
 CHAT_COMPLETION = _answer("chat.completion", "message")
+ANY_REQUEST: Schema = {"anyOf": [CHAT_REQUEST, COMPLETION_REQUEST]}
+ANY_ANSWER: Schema = {"anyOf": [CHAT_COMPLETION, COMPLETION]}
 MODEL: Schema = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by", "max_model_len"],

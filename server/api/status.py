@@ -13,11 +13,14 @@ from server.api.services import Services
 from server.errors import EngineDead, QueueFull
 from server.versions import read_versions
 
+_GENERATES_WITHIN = 5.0
+
 
 def add_status_routes(app: FastAPI, services: Services) -> None:
-    """GET /health, /ping, /ready, /load, /metrics, /version and /server_info."""
+    """GET /health, /health_generate, /ping, /ready, /load, /metrics, /version, /server_info and /model_info."""
     _add_probes(app, services)
     _add_figures(app, services)
+    _add_descriptions(app, services)
 
 
 def _add_probes(app: FastAPI, services: Services) -> None:
@@ -28,8 +31,15 @@ def _add_probes(app: FastAPI, services: Services) -> None:
     @app.get("/ping", **operation(content_type=None, errors=[EngineDead]))
     @app.get("/health", **operation(content_type=None, errors=[EngineDead]))
     async def health(request: Request) -> Response:
-        """200 while the engine serves, 503 once it has gone or the server drains."""
+        """200 while the engine serves, 503 before the model is loaded and once the engine has gone or the server
+        drains."""
         return Response() if client.failure is None else error_response(client.failure, request.scope)
+
+    @app.get("/health_generate", **operation(content_type=None, errors=[EngineDead]))
+    async def health_generate() -> Response:
+        """200 once the engine has generated a token, 503 if it does not within a few seconds."""
+        await client.check_generates(_GENERATES_WITHIN)
+        return Response()
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", **operation(content_type=None, errors=[EngineDead, QueueFull]))
@@ -60,10 +70,22 @@ def _add_figures(app: FastAPI, services: Services) -> None:
         """The version of the server."""
         return {"version": app.version}
 
+
+def _add_descriptions(app: FastAPI, services: Services) -> None:
+    """What does not change, also under SGLang's older names."""
+
+    @app.get("/get_server_info", **operation())
     @app.get("/server_info", **operation())
     async def server_info() -> Response:
         """What is served, with which settings, in how much memory, by which versions."""
         return Response(msgspec.json.encode(describe_server(services)), media_type="application/json")
+
+    @app.get("/get_model_info", **operation())
+    @app.get("/model_info", **operation())
+    async def model_info() -> dict[str, Any]:
+        """Where the model and its tokenizer come from, and that it generates."""
+        directory = services.engine_config.model
+        return {"model_path": directory, "tokenizer_path": directory, "is_generation": True}
 
 
 def describe_server(services: Services) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _TOKENIZE_REQUEST: Schema = {
         "add_special_tokens": nullable("boolean"),
         "return_token_strs": nullable("boolean"),
         **{name: CHAT_REQUEST["properties"][name] for name in _CHAT_FIELDS},
+        "messages": {"oneOf": [CHAT_REQUEST["properties"]["messages"], {"type": "null"}]},
     },
 }
 _TOKENS: Schema = {

@@ -1,7 +1,8 @@
 """The arguments of one tool call: parameters as Qwen3.5 writes them -> the JSON text of one object, piece by piece.
 
 A string goes out as it comes in; a value of another type once it is complete, cast by the tool's JSON schema. What does
-not cast stays a string. Knows nothing of markup but that one newline on either side of a value belongs to it.
+not cast stays a string. Knows nothing of markup but that one newline on either side of a value belongs to it, and of a
+value that must have a certain length or pattern one space of any kind: a grammar for it allows one, besides.
 """
 
 import itertools
@@ -33,6 +34,8 @@ _MAX_EXACT = 2.0**53
 _MAX_SCHEMAS = 64
 # A text that may be a string or null is a string if it is longer, so it need not be held back for long.
 _MAX_NULL_CHARS = 16
+_FORMS = {"pattern", "minLength", "maxLength"}
+_NEWLINE, _SPACE = "\n", " \t\r\n"
 
 
 class ArgumentWriter:
@@ -49,12 +52,13 @@ class ArgumentWriter:
         self._held: list[str] = []
         self._streams = False
         self._is_first = True
-        self._owes_newline = False
+        self._edge, self._owed = _NEWLINE, ""
 
     def open(self, key: str) -> str:
         """A parameter begins."""
         self._key, self._types, self._held = key, parameter_types(self._schema, key), []
-        self._is_first, self._owes_newline, self._streams = True, False, False
+        self._is_first, self._streams = True, False
+        self._edge, self._owed = _SPACE if has_form(self._schema, key) else _NEWLINE, ""
         return self._stream() if self._types == {_STRING} else ""
 
     def push(self, text: str) -> str:
@@ -89,24 +93,28 @@ class ArgumentWriter:
         return len(held) <= _MAX_NULL_CHARS and _NULL.startswith(held.strip().lower())
 
     def _trim(self, text: str) -> str:
-        """`text` without the value's first newline, and its last one held back until more comes."""
+        """`text` without the markup at the value's start, and what may be that of its end held back until more
+        comes."""
         if not text:
             return ""
         if self._is_first:
             self._is_first = False
-            text = text.removeprefix("\n")
-        if self._owes_newline and text:
-            text, self._owes_newline = "\n" + text, False
-        if text.endswith("\n"):
-            text, self._owes_newline = text[:-1], True
+            text = text[1:] if text[0] in self._edge else text
+        if text:
+            text, self._owed = self._owed + text, ""
+        if text and text[-1] in self._edge:
+            text, self._owed = text[:-1], text[-1]
         return text
 
 
 def parameter_types(schema: dict[str, Any], key: str) -> frozenset[str]:
     """The JSON types that a parameter may have by its tool's schema; string where the schema says nothing."""
-    properties = schema.get("properties")
-    known = properties.get(key) if isinstance(properties, dict) else None
-    return frozenset(_types(known, schema)) or frozenset({_STRING})
+    return frozenset(_types(_find(schema, key), schema)) or frozenset({_STRING})
+
+
+def has_form(schema: dict[str, Any], key: str) -> bool:
+    """Whether a text of this parameter must have a certain length or pattern."""
+    return any(_FORMS & found.keys() for found in _schemas(_find(schema, key), schema))
 
 
 def cast(text: str, types: frozenset[str]) -> str:
@@ -128,17 +136,28 @@ def cast(text: str, types: frozenset[str]) -> str:
     return _quote(text)
 
 
+def _find(schema: dict[str, Any], key: str) -> Any:
+    properties = schema.get("properties")
+    return properties.get(key) if isinstance(properties, dict) else None
+
+
 def _types(schema: Any, root: dict[str, Any]) -> Iterator[str]:
     """The types a schema names, also by its `enum`, `const`, alternatives and `$ref`s into `root`."""
-    schemas = [schema]
-    for found in itertools.islice(schemas, _MAX_SCHEMAS):  # it grows meanwhile
-        if not isinstance(found, dict):
-            continue
+    for found in _schemas(schema, root):
         named = found.get("type")
         yield from named if isinstance(named, list) else [named] if isinstance(named, str) else []
         if named is None:
             values = found.get("enum", [found["const"]] if "const" in found else [])
             yield from (_JSON_TYPES[type(value)] for value in values[:_MAX_SCHEMAS])
+
+
+def _schemas(schema: Any, root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema, its alternatives and what its `$ref`s into `root` point to."""
+    schemas = [schema]
+    for found in itertools.islice(schemas, _MAX_SCHEMAS):  # it grows meanwhile
+        if not isinstance(found, dict):
+            continue
+        yield found
         for name in ("anyOf", "oneOf", "allOf"):
             schemas += (found.get(name) or [])[:_MAX_SCHEMAS]
         if "$ref" in found:

@@ -1,5 +1,6 @@
 """What a request may call: `tools`, `tool_choice`, `parallel_tool_calls`, and what they demand of the output.
 
+`functions` and `function_call` are the older names for tools of which one is called at most.
 Every mistake is an InvalidRequest. Knows neither messages nor HTTP.
 """
 
@@ -15,17 +16,19 @@ from server.api.message_parser import MAX_NAME_CHARS
 from server.errors import InvalidRequest
 from server.messages import Constraint
 
-TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
+_NAMES, _OLDER_NAMES = ("tools", "tool_choice"), ("functions", "function_call")
+TOOL_FIELDS = (*_NAMES, "parallel_tool_calls", *_OLDER_NAMES)
 MAX_TOOLS = 1024
 # Together: definitions are prompt text, of which a few hundred kB fill any context.
 MAX_TOOLS_BYTES = 2**20
 MAX_SCHEMA_DEPTH = 64
 NONE, AUTO, REQUIRED, NAMED = "none", "auto", "required", "named"
+ALLOWED = "allowed_tools"
 JSON_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 
 _TOOL = known_fields("type", "function")
 _FUNCTION = known_fields("name", "description", "parameters", "strict")
-_CHOICE = known_fields("type", "function")
+_CHOICE = known_fields("type", "function", "allowed_tools", "mode", "tools", "name")
 _NAME = re.compile(rf"[^\s<>\"'`]{{1,{MAX_NAME_CHARS}}}")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -37,8 +40,12 @@ _KEYWORDS: dict[str, tuple[type, str]] = {
     "minLength": (int, "an integer"),
     "maxLength": (int, "an integer"),
 }
+_LENGTHS = {"minLength", "maxLength"}
 _STRING_RULES = {"pattern", "format", "enum", "const"}
+# Where the type stands if not in the schema itself.
+_ELSEWHERE = {"$ref", "anyOf", "oneOf", "allOf", "not"}
 _SHOWN_CHARS = 120
+_START_OF_FUNCTION = "<function="
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,42 +60,67 @@ class Tool:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Whether the model calls tools: `kind` is one of the four above, `names` are those it may call, None: all."""
+
+    kind: str
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Tools:
     """The tools of a request. `definitions` are what the client sent, for the chat template; `schemas` has the
     parameters of each by name, `strict` the names whose arguments must match them. `choice` is one of the four above;
-    the tool it names is `named`."""
+    `allowed` are the names of the tools that may be called, None: all. In the `is_older` form they are functions."""
 
     definitions: list[dict[str, Any]]
     schemas: Mapping[str, dict[str, Any]]
     strict: frozenset[str]
     choice: str
-    named: str | None
+    allowed: tuple[str, ...] | None
     is_parallel: bool
+    is_older: bool = False
+
+    @property
+    def choice_name(self) -> str:
+        """The field that has the choice."""
+        return (_OLDER_NAMES if self.is_older else _NAMES)[1]
 
 
 def read_tools(fields: Fields) -> Tools | None:
     """The tools that a request offers; None for none, or if they are not to be called. Raises InvalidRequest."""
-    choice, named = _read_choice(fields)
-    return build_tools(fields, choice, named, fields.boolean("parallel_tool_calls", True), _read_tool)
+    if any(map(fields.has, _OLDER_NAMES)):
+        newer = next(filter(fields.has, _NAMES), None)
+        if newer is not None:
+            raise InvalidRequest(f"{newer} is given with functions or function_call, its older names; give one", newer)
+        return build_tools(fields, _read_older_choice(fields), False, _read_older_tool, is_older=True)
+    return build_tools(fields, _read_choice(fields), fields.boolean("parallel_tool_calls", True), _read_tool)
 
 
 def build_tools(
-    fields: Fields, choice: str, named: str | None, is_parallel: bool, read_tool: Callable[[bytes, str], Tool]
+    fields: Fields,
+    choice: Choice,
+    is_parallel: bool,
+    read_tool: Callable[[bytes, str], Tool],
+    is_older: bool = False,
 ) -> Tools | None:
     """The same where `tool_choice` and the entries of `tools` have another form: `read_tool` makes a tool of an entry
     and its place."""
-    if not fields.has("tools"):
-        if choice in (AUTO, REQUIRED, NAMED) and fields.has("tool_choice"):
-            raise InvalidRequest(f"tool_choice is {choice} without tools; give tools or leave it out", "tool_choice")
+    tools, tool_choice = _OLDER_NAMES if is_older else _NAMES
+    if not fields.has(tools):
+        if choice.kind != NONE and fields.has(tool_choice):
+            message = f"{tool_choice} is {choice.kind} without {tools}; give {tools} or leave it out"
+            raise InvalidRequest(message, tool_choice)
         return None
-    definitions, schemas, strict = _read_definitions(fields.raw("tools"), read_tool)
-    if named is not None and named not in schemas:
+    definitions, schemas, strict = _read_definitions(tools, fields.raw(tools), read_tool)
+    unknown = next((name for name in choice.names or () if name not in schemas), None)
+    if unknown is not None:
         raise InvalidRequest(
-            f"tool_choice names the function {shown(named)}, tools has {shown(', '.join(schemas))}", "tool_choice"
+            f"{tool_choice} names the function {shown(unknown)}, {tools} has {shown(', '.join(schemas))}", tool_choice
         )
-    if choice == NONE:
+    if choice.kind == NONE:
         return None
-    return Tools(definitions, schemas, strict, choice, named, is_parallel)
+    return Tools(definitions, schemas, strict, choice.kind, choice.names, is_parallel, is_older)
 
 
 def tool_constraint(tools: Tools, after_token_id: int | None) -> Constraint | None:
@@ -96,13 +128,15 @@ def tool_constraint(tools: Tools, after_token_id: int | None) -> Constraint | No
 
     The text before `after_token_id` is free. None where any text will do.
     """
-    if tools.choice == AUTO and not tools.strict:
+    if tools.choice == AUTO and not tools.strict and tools.allowed is None:
         return None
-    names = [tools.named] if tools.named is not None else list(tools.schemas)
-    tags = [_tag(name, tools.schemas[name], tools.choice != AUTO or name in tools.strict) for name in names]
+    names = tools.schemas if tools.allowed is None else tools.allowed
+    # A call without its envelope is a call too, and one may follow another inside of it.
+    others = [] if tools.allowed is None else [_START_OF_FUNCTION]
+    tags = [_tag(name, tools.schemas[name], tools.choice != AUTO or name in tools.strict, others) for name in names]
     calls: dict[str, Any]
     if tools.choice == AUTO:
-        calls = {"type": "triggered_tags", "triggers": ["<tool_call>"], "tags": tags}
+        calls = {"type": "triggered_tags", "triggers": ["<tool_call>"], "tags": tags, "excludes": others}
         return _structural_tag(calls, after_token_id)
     calls = {
         "type": "tags_with_separator",
@@ -121,8 +155,8 @@ def _structural_tag(form: dict[str, Any], after_token_id: int | None) -> Constra
     return Constraint("structural_tag", text, after_token_id, "tools")
 
 
-def _tag(name: str, schema: dict[str, Any], is_strict: bool) -> dict[str, Any]:
-    content: dict[str, Any] = {"type": "any_text"}
+def _tag(name: str, schema: dict[str, Any], is_strict: bool, others: list[str]) -> dict[str, Any]:
+    content: dict[str, Any] = {"type": "any_text", "excludes": others}
     if is_strict:
         # Values with these would not be read back as they are.
         markup = ["<parameter=", "</function>", "</tool_call>"]
@@ -138,13 +172,18 @@ def _tag(name: str, schema: dict[str, Any], is_strict: bool) -> dict[str, Any]:
 
 def spell_lengths(schema: Any) -> Any:
     """The same, with the lengths of strings as patterns: the compiler of grammars passes over lengths where texts are
-    excluded, as markup is here. With a pattern it excludes nothing, so these strings do without `<`."""
+    excluded, as markup is here. With a pattern it excludes nothing, so these strings do without `<`. What may be of any
+    type is a string."""
     if not isinstance(schema, dict):
         return schema
+    has_length = bool(_LENGTHS & schema.keys()) and not _STRING_RULES & schema.keys()
+    kind = schema.get("type", None if _ELSEWHERE & schema.keys() else "string")
+    if has_length and isinstance(kind, list):
+        return {"anyOf": [spell_lengths({**schema, "type": one}) for one in kind]}
     spelt = dict(schema)
-    has_length = schema.get("type") == "string" and ("minLength" in schema or "maxLength" in schema)
-    if has_length and not _STRING_RULES & schema.keys():
-        spelt["pattern"] = _length_pattern(schema.get("minLength", 0), schema.get("maxLength"))
+    if has_length and kind == "string":
+        pattern = _length_pattern(schema.get("minLength", 0), schema.get("maxLength"))
+        spelt |= {"type": kind, "pattern": pattern}
     for keyword in (*_SCHEMAS, *_SCHEMA_LISTS, *_SCHEMA_MAPS):
         child = schema.get(keyword)
         if isinstance(child, list):
@@ -156,8 +195,8 @@ def spell_lengths(schema: Any) -> Any:
 
 
 def _length_pattern(least: int, most: int | None) -> str:
-    """Texts of so many characters. A line end at the edge of a value may be taken for markup, so none is there."""
-    edge, limit = "[^<\\n]", "" if most is None else most - 2
+    """Texts of so many characters. A space at the edge of a value may be taken for markup, so none is there."""
+    edge, limit = "[^< \\t\\r\\n]", "" if most is None else most - 2
     options = [""] if least == 0 else []
     if least <= 1 and most != 0:
         options.append(edge)
@@ -166,16 +205,18 @@ def _length_pattern(least: int, most: int | None) -> str:
     return f"^({'|'.join(options)})$"
 
 
-def _read_choice(fields: Fields) -> tuple[str, str | None]:
-    """(`tool_choice`, the function it names); auto when absent."""
+def _read_choice(fields: Fields) -> Choice:
+    """`tool_choice`; auto when absent."""
     rule = "one of none, auto, required, or an object that names a function"
     if not fields.has("tool_choice"):
-        return AUTO, None
+        return Choice(AUTO)
     value = fields.value("tool_choice")
     if isinstance(value, str):
         if value not in (NONE, AUTO, REQUIRED):
             raise InvalidRequest(f"tool_choice is {shown(value)}, it must be {rule}", "tool_choice")
-        return value, None
+        return Choice(value)
+    if isinstance(value, dict) and value.get("type") == ALLOWED:
+        return read_allowed(fields)
     if not isinstance(value, dict) or value.get("type") != "function":
         raise InvalidRequest(f"tool_choice is {shown(value)}, it must be {rule}", "tool_choice")
     choice = Fields(_CHOICE, fields.raw("tool_choice"), "tool_choice")
@@ -183,23 +224,58 @@ def _read_choice(fields: Fields) -> tuple[str, str | None]:
     name = function.text("name", "")
     if not name:
         raise InvalidRequest("tool_choice.function.name is missing, it must be one of tools", "tool_choice")
-    return NAMED, name
+    return Choice(NAMED, (name,))
+
+
+def read_allowed(fields: Fields) -> Choice:
+    """A `tool_choice` among some of the tools. The list and its entries have a form with objects around them, and one
+    without."""
+    choice = Fields(_CHOICE, fields.raw("tool_choice"), "tool_choice")
+    if choice.has(ALLOWED):
+        choice = Fields(_CHOICE, choice.raw(ALLOWED), choice.name(ALLOWED))
+    mode, where = choice.value("mode"), choice.name("tools")
+    if mode not in (AUTO, REQUIRED):
+        raise mistake(choice.name("mode"), mode, "auto or required")
+    entries = split_list(where, choice.raw("tools"), MAX_TOOLS) if choice.has("tools") else []
+    if not entries:
+        raise InvalidRequest(f"{where} is empty, it must name at least one of tools", where)
+    names = [_read_allowed_name(Fields(_CHOICE, entry, f"{where}[{i}]")) for i, entry in enumerate(entries)]
+    return Choice(mode, tuple(dict.fromkeys(names)))
+
+
+def _read_allowed_name(tool: Fields) -> str:
+    if tool.value("type") != "function":
+        raise mistake(tool.name("type"), tool.value("type"), "'function'")
+    function = Fields(_FUNCTION, tool.raw("function"), tool.name("function")) if tool.has("function") else tool
+    return function.text("name", "")
+
+
+def _read_older_choice(fields: Fields) -> Choice:
+    """`function_call`; auto when absent."""
+    raw = fields.raw("function_call") or b'"auto"'
+    if raw[:1] == b"{":
+        return Choice(NAMED, (Fields(_FUNCTION, raw, "function_call").text("name", ""),))
+    value = fields.value("function_call") or AUTO
+    if value not in (NONE, AUTO):
+        rule = "none, auto, or an object that names a function"
+        raise InvalidRequest(f"function_call is {shown(value)}, it must be {rule}", "function_call")
+    return Choice(value)
 
 
 def _read_definitions(
-    raw: bytes, read_tool: Callable[[bytes, str], Tool]
+    name: str, raw: bytes, read_tool: Callable[[bytes, str], Tool]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], frozenset[str]]:
-    """(definitions, parameters by name, names of strict ones) of `tools`."""
+    """(definitions, parameters by name, names of strict ones) of the tools in the field `name`."""
     if len(raw) > MAX_TOOLS_BYTES:
-        raise InvalidRequest(f"tools has {len(raw)} bytes of JSON, the limit is {MAX_TOOLS_BYTES}", "tools")
-    entries = split_list("tools", raw, MAX_TOOLS)
+        raise InvalidRequest(f"{name} has {len(raw)} bytes of JSON, the limit is {MAX_TOOLS_BYTES}", name)
+    entries = split_list(name, raw, MAX_TOOLS)
     if not entries:
-        raise InvalidRequest("tools is [], it must be a list of at least one entry, or be left out", "tools")
+        raise InvalidRequest(f"{name} is [], it must be a list of at least one entry, or be left out", name)
     definitions, schemas, strict = [], {}, set()
     for i, entry in enumerate(entries):
-        tool = read_tool(entry, f"tools[{i}]")
+        tool = read_tool(entry, f"{name}[{i}]")
         if tool.name in schemas:
-            raise InvalidRequest(f"{tool.where}.name is {shown(tool.name)}, which an earlier tool has", "tools")
+            raise InvalidRequest(f"{tool.where}.name is {shown(tool.name)}, which an earlier tool has", name)
         definitions.append(tool.definition)
         schemas[tool.name] = tool.schema
         if tool.is_strict:
@@ -216,6 +292,10 @@ def _read_tool(entry: bytes, where: str) -> Tool:
     return replace(read_function(function, "parameters"), definition=decode_json(where, entry, dict, "a JSON object"))
 
 
+def _read_older_tool(entry: bytes, where: str) -> Tool:
+    return read_function(Fields(_FUNCTION, entry, where), "parameters")
+
+
 def read_function(function: Fields, schema_field: str) -> Tool:
     """A tool, from an object with a name, a description, the schema of the parameters and whether it is strict."""
     name = function.text("name", "")
@@ -226,13 +306,16 @@ def read_function(function: Fields, schema_field: str) -> Tool:
     check_schema(where + schema_field, schema)
     if schema.get("type", "object") != "object":
         raise mistake(f"{where}{schema_field}.type", schema["type"], "'object'")
+    is_strict = function.boolean("strict", False)
+    if is_strict:
+        _check_strict(where + schema_field, schema)
     definition = {"name": name, "description": description, "parameters": schema}
     definition = {key: value for key, value in definition.items() if value}
     return Tool(
         where=where.removesuffix("."),
         name=name,
         schema=schema,
-        is_strict=function.boolean("strict", False),
+        is_strict=is_strict,
         definition={"type": "function", "function": definition},
     )
 
@@ -242,7 +325,8 @@ def check_schema(name: str, schema: Any, depth: int = 0) -> None:
     if isinstance(schema, bool):
         return
     if depth > MAX_SCHEMA_DEPTH:
-        raise InvalidRequest(f"{_place(name)} is nested too deeply, the limit is {MAX_SCHEMA_DEPTH} schemas", "tools")
+        message = f"{_place(name)} is nested too deeply, the limit is {MAX_SCHEMA_DEPTH} schemas"
+        raise InvalidRequest(message, _field(name))
     if not isinstance(schema, dict):
         raise mistake(name, schema, "a JSON schema, which is an object")
     kinds = schema.get("type", [])
@@ -254,6 +338,18 @@ def check_schema(name: str, schema: Any, depth: int = 0) -> None:
             raise mistake(f"{name}.{keyword}", schema[keyword], rule)
     for place, child in _children(name, schema):
         check_schema(place, child, depth + 1)
+
+
+def _check_strict(name: str, schema: Any) -> None:
+    """Raise InvalidRequest, naming the place, for what no grammar can hold a model to."""
+    if not isinstance(schema, dict):
+        return
+    lengths, others = sorted(_LENGTHS & schema.keys()), sorted({"pattern", "format"} & schema.keys())
+    if lengths and others:
+        rule = f"left out beside {others[0]} where strict is true, since both together cannot be enforced"
+        raise mistake(f"{name}.{lengths[0]}", schema[lengths[0]], rule)
+    for place, child in _children(name, schema):
+        _check_strict(place, child)
 
 
 def _children(name: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -274,8 +370,13 @@ def _children(name: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
 
 
 def mistake(name: str, value: Any, rule: str) -> InvalidRequest:
-    """The error for a value somewhere in `tools`."""
-    return InvalidRequest(f"{_place(name)} is {shown(value)}, it must be {rule}", "tools")
+    """The error for a value somewhere in the tools."""
+    return InvalidRequest(f"{_place(name)} is {shown(value)}, it must be {rule}", _field(name))
+
+
+def _field(name: str) -> str:
+    """The field of the request that a place is in."""
+    return name.partition("[")[0]
 
 
 def _place(name: str) -> str:

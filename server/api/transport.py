@@ -113,7 +113,9 @@ class EventStream(Response):
 
     The answer starts with the first event: an error before it is a plain HTTP error. A later one is an error event.
     When the client goes, `events` is closed at once. A comment is sent, and starts the answer, where there was nothing
-    to send for `keep_alive_interval` seconds, so that no proxy believes that the stream is dead.
+    to send for `keep_alive_interval` seconds, so that no proxy believes that the stream is dead. So what the engine
+    refuses late, such as a grammar that takes long to compile, is an error event with the status in its `code`; an
+    answer in one piece has no comments, and always the status itself.
     """
 
     media_type = "text/event-stream"

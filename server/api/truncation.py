@@ -22,9 +22,9 @@ class Truncation:
         return token_ids[: self.max_len] if self.keeps_start else token_ids[-self.max_len :]
 
 
-def read_truncation(fields: Fields, max_model_len: int) -> Truncation | None:
+def read_truncation(fields: Fields, max_model_len: int, least_output: int = 1) -> Truncation | None:
     """What `truncate_prompt_tokens` and `truncation_side` ask for; None: nothing. -1 leaves room for the output that
-    the request asks for, and there is always room for one token."""
+    the request asks for, and there is always room for `least_output` tokens."""
     max_len = fields.integer("truncate_prompt_tokens", None, -1, max_model_len)
     side = fields.text("truncation_side", "left")
     if side not in _SIDES:
@@ -37,5 +37,5 @@ def read_truncation(fields: Fields, max_model_len: int) -> Truncation | None:
         )
     if max_len == -1:
         wanted = [count for name in _OUTPUT_FIELDS if (count := fields.integer(name, None)) is not None]
-        max_len = max(1, max_model_len - max([1, *wanted[:1]]))
-    return Truncation(min(max_len, max_model_len - 1), keeps_start=side == "right")
+        max_len = max(1, max_model_len - max([least_output, *wanted[:1]]))
+    return Truncation(min(max_len, max_model_len - least_output), keeps_start=side == "right")

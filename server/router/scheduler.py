@@ -348,7 +348,7 @@ class Scheduler:
             match = self._match(request, known)
             if request.widths_in_flight or self._is_being_computed(request, known, match.position):
                 position += 1
-            elif self._enter(request, known, match):
+            elif self._enter(request, known, match) or (not self.running and self._enter_anew(request, known)):
                 self.running.append(self.waiting.pop(position))
             else:
                 return
@@ -383,6 +383,10 @@ class Scheduler:
         request.enter_row(row, match.position if reused else 0, self.clock())
         request.cuts = choose_cuts(self.limits, self._turn_ids, known, request.num_computed, match.shared_len)
         return True
+
+    def _enter_anew(self, request: Request, known: list[int]) -> bool:
+        """Where nobody will give pages back: what it would reuse may be what takes its room."""
+        return self._enter(request, known, Match(request.cache_salt, reason="no room"))
 
     def _is_being_computed(self, request: Request, known: list[int], num_reused: int) -> bool:
         """Somebody in prefill has more of the same beginning: it can be reused in a moment."""

@@ -98,6 +98,7 @@ class FakeEngine:
             num_proposed=self._num_proposed,
             num_accepted=self._num_accepted,
             accepted_per_position=(self._num_verify_steps,) * self.ready.mtp_step,
+            proposed_per_position=(self._num_verify_steps,) * self.ready.mtp_step,
             num_timeouts=self._num_timeouts,
         )
 

@@ -42,6 +42,15 @@ def test_nothing_of_the_weights_is_read(checkpoint: Path) -> None:
     assert "tensors as config.json asks" in check(EngineConfig(model=str(checkpoint)), ServerConfig())
 
 
+def test_quantized_weights_are_told_and_counted(checkpoint: Path) -> None:
+    def megabytes(quantization: str) -> float:
+        report = check(EngineConfig(model=str(checkpoint), quantization=quantization), ServerConfig())
+        assert ("weights int8, " in report) == (quantization == "int8")
+        return float(next(line for line in report.splitlines() if line.startswith("  weights ")).split()[1])
+
+    assert 0 < megabytes("int4") < megabytes("int8") < megabytes("none")
+
+
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in refusal({"model": str(tmp_path)})
 
@@ -93,3 +102,9 @@ def test_what_http_and_traces_need_is_checked_too(checkpoint: Path) -> None:
     assert "nowhere.pem cannot be served" in refusal({"model": str(checkpoint)}, nowhere)
     assert "must be a URL" in refusal({"model": str(checkpoint)}, {"otlp_traces_endpoint": "localhost"})
     check(EngineConfig(model=str(checkpoint)), ServerConfig(otlp_traces_endpoint="http://localhost:4318"))
+
+
+def test_the_chat_template_of_the_settings_is_the_one_that_is_tried() -> None:
+    own = ServerConfig(chat_template="{{ raise_exception('never') }}")
+    assert "no chat: the chat template refused the messages: never" in check(EngineConfig(model=DEMO_MODEL), own)
+    assert "--chat-template /nowhere cannot be read" in refusal({"model": DEMO_MODEL}, {"chat_template": "/nowhere"})

@@ -8,13 +8,15 @@ import ssl
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from server.config import EngineConfig, ServerConfig
 from server.errors import ConfigError
-from server.http_server import describe_address, listening
+from server.http_server import Entrance, describe_address, listening
 from server.tokenizer import Tokenizer
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_connection import on_a_port
+from unit_tests.server.api.test_requests import check_error
 from unit_tests.server.fake_engine import FakeEngine
 
 GET = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -52,6 +54,15 @@ def pem(tmp_path: Path) -> tuple[str, str]:
     (tmp_path / "cert.pem").write_text(CERTIFICATE)
     (tmp_path / "key.pem").write_text(KEY)
     return str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+
+
+def test_before_there_is_an_application_everything_is_refused(tokenizer: Tokenizer) -> None:
+    entrance = Entrance()
+    client = TestClient(entrance)
+    for path in ("/health", "/ready", "/v1/models"):
+        check_error(client.get(path), 503, None, "being loaded", "/ready")
+    entrance.app = make_serving(tokenizer, ServerConfig()).app
+    assert client.get("/ready").status_code == 200
 
 
 def test_a_certificate_makes_it_https(tokenizer: Tokenizer, pem: tuple[str, str]) -> None:

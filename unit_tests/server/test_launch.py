@@ -47,12 +47,16 @@ class Server:
         )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=DEADLINE_SECONDS)
 
+    def probe(self, path: str) -> int:
+        """The status that the path answers; 0 for no answer."""
+        try:
+            return self.http.get(path).status_code
+        except httpx.TransportError:
+            return 0
+
     def is_healthy(self) -> bool:
         """Whether /health says 200."""
-        try:
-            return self.http.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
+        return self.probe("/health") == 200
 
     def engine_pid(self) -> int:
         """The process id of the engine: the child that leads a session of its own."""
@@ -99,6 +103,47 @@ def test_a_request_is_answered_and_sigterm_ends_the_server_with_0(start: Callabl
     assert server.process.wait(DEADLINE_SECONDS) == 0
     assert server.process.stderr is not None
     assert "Traceback" not in server.process.stderr.read()
+
+
+SLOW_ENGINE = """\
+import os, time
+from unit_tests.server.fake_engine import FakeEngine
+class SlowEngine(FakeEngine):
+    def __init__(self, config):
+        while not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.01)
+        super().__init__(config)
+"""
+
+
+@pytest.fixture
+def loading(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server that answers, and whose engine is loaded once there is a file `gate` in `tmp_path`."""
+    (tmp_path / "slow_engine.py").write_text(SLOW_ENGINE)
+    program = START.replace("unit_tests.server.fake_engine:FakeEngine", "slow_engine:SlowEngine")
+    server = Server(checkpoint, [], program, PYTHONPATH=str(tmp_path), GATE=str(tmp_path / "gate"))
+    wait_for(lambda: server.probe("/health") == 503, "the first answer")
+    yield server
+    server.stop()
+
+
+def test_while_the_model_is_loaded_every_answer_is_503(loading: Server, tmp_path: Path) -> None:
+    answers = [loading.http.request(method, "/ready") for method in ("GET", "HEAD")]
+    answers += [loading.http.get(path) for path in ("/health", "/ping", "/v1/models", "/")]
+    answers.append(loading.http.post("/v1/completions", json={"prompt": [5]}))
+    assert [answer.status_code for answer in answers] == [503] * len(answers)
+    error = answers[-1].json()["error"]
+    assert "is being loaded" in error["message"] and error["type"] == "ServiceUnavailableError"
+    (tmp_path / "gate").touch()
+    wait_for(lambda: loading.probe("/ready") == 200, "readiness")
+    assert loading.http.get("/health").status_code == 200
+    assert loading.http.post("/v1/completions", json={"prompt": [5]}).status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_loaded_ends_the_server_with_0(loading: Server, number: signal.Signals) -> None:
+    loading.process.send_signal(number)
+    assert loading.process.wait(DEADLINE_SECONDS) == 0
 
 
 def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(start: Callable[..., Server]) -> None:
@@ -179,6 +224,16 @@ def test_a_client_that_goes_frees_its_request(start: Callable[..., Server], stre
     wait_for(lambda: server.num_running() == 0, "the abort")
 
 
+def test_a_chat_template_of_the_command_line_goes_before_the_checkpoints(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    body = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 64}
+    for given in (str(tmp_path / "own.jinja"), (tmp_path / "own.jinja").read_text()):
+        answer = start("--chat-template", given).http.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"].startswith("<the fox>")  # the fake engine repeats the prompt
+
+
 def test_the_log_of_both_processes_is_json_where_asked_for(start: Callable[..., Server]) -> None:
     server = start("--log-format", "json", "--log-level", "info", "--log-interval", "0.05")
     with server.stream([LONG_ID, 5], request_id="r") as response:
@@ -224,6 +279,8 @@ def test_a_check_serves_nothing_and_its_exit_code_says_whether_it_would(flags: l
         (["--model", "/nowhere"], "/nowhere is not a directory"),
         (["--model", str(ROOT / "server")], "tokenizer.json does not exist"),
         (["--mtp-step", "99"], "--mtp-step is 99"),
+        (["--chat-template", "/nowhere/own.jinja"], "--chat-template /nowhere/own.jinja cannot be read"),
+        (["--chat-template", "{% if %}"], "the chat template is broken at line 1"),
     ],
 )
 def test_a_start_that_fails_is_one_line_and_exit_code_1(checkpoint: Path, flags: list[str], message: str) -> None:

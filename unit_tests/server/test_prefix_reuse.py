@@ -40,6 +40,18 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(256) for _ in range(count)]
 
 
+def test_a_prompt_whose_reuse_would_take_the_room_it_needs_is_computed_anew(checkpoint: Path) -> None:
+    """There are pages for one longest request, and what it shares with the one before it ends inside a page."""
+    engine = make_cached_engine(checkpoint, max_model_len=202, max_running_requests=1, overlap="off")
+    first, params = random_ids(random.Random(3), 135), SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    (output,) = serve(engine, [first], params)
+    again = first + output.token_ids + random_ids(random.Random(4), 64)
+    engine.add(Generate("again", again, params))
+    for _ in range(20):
+        engine.step()
+    assert not engine.has_work()
+
+
 @pytest.mark.parametrize("num_at_once", [1, 16, 64])
 def test_64_requests_with_one_system_prompt_and_the_same_shifted_reach_what_full_attention_would(
     checkpoint: Path, num_at_once: int

@@ -11,9 +11,9 @@ import pytest
 import transformers
 
 from models.training import demo_tokenizer
-from server.errors import CheckpointError, InvalidRequest
+from server.errors import CheckpointError, ConfigError, InvalidRequest
 from server.messages import SamplingParams
-from server.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from server.tokenizer import Detokenizer, StopMatcher, Tokenizer, read_template
 
 TEXT = "the quick naïve café 中文字符 😀😀 <a token> 12 + 30 = 42\n"
 
@@ -117,6 +117,19 @@ def test_a_tokenizer_config_that_makes_no_sense_is_a_checkpoint_error(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json has the {next(iter(config))}"):
         Tokenizer(tmp_path)
+
+
+def test_a_template_of_the_settings_goes_before_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    text = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(text)
+    assert read_template(str(tmp_path / "own.jinja")) == read_template(text) == text
+    found = Tokenizer(checkpoint, text)
+    assert found.apply_chat_template([{"role": "user", "content": "é"}]) == "<é>"
+    assert found.description["chat_template"] == text
+    with pytest.raises(ConfigError, match=r"--chat-template /nowhere/own\.jinja cannot be read: .*No such file"):
+        read_template("/nowhere/own.jinja")
+    with pytest.raises(CheckpointError, match="the chat template is broken at line 1"):
+        Tokenizer(checkpoint, read_template("{% if %}"))
 
 
 @pytest.mark.parametrize("template", [[{"name": "rag", "template": "x"}], ["x"], []])

@@ -92,14 +92,14 @@ def test_it_thinks_when_it_is_asked_to(thinking: Any, expected: tuple[bool, int 
         (None, (AUTO, None, True)),
         ({"type": "auto"}, (AUTO, None, True)),
         ({"type": "any", "disable_parallel_tool_use": True}, (REQUIRED, None, False)),
-        ({"type": "tool", "name": "clock"}, (NAMED, "clock", True)),
+        ({"type": "tool", "name": "clock"}, (NAMED, ("clock",), True)),
     ],
 )
-def test_tools_are_those_of_chat(choice: Any, expected: tuple[str, str | None, bool]) -> None:
+def test_tools_are_those_of_chat(choice: Any, expected: tuple[str, tuple[str, ...] | None, bool]) -> None:
     tool = {**CLOCK, "description": "Now", "cache_control": {"type": "ephemeral"}}
     tools = read(tools=[tool], tool_choice=choice).tools
     assert tools is not None
-    assert (tools.choice, tools.named, tools.is_parallel) == expected
+    assert (tools.choice, tools.allowed, tools.is_parallel) == expected
     function = {"name": "clock", "description": "Now", "parameters": {"type": "object"}}
     assert tools.definitions == [{"type": "function", "function": function}]
 

@@ -1,9 +1,12 @@
 """POST /v1/chat/completions, whole and streamed."""
 
+from typing import Any
+
+import openai
 import pytest
 
 from server.messages import SamplingParams
-from unit_tests.server.api.conftest import Serving
+from unit_tests.server.api.conftest import CALL, ScriptedServing, Serving
 
 PATH = "/v1/chat/completions"
 TEXT = "the quick 中文"
@@ -115,3 +118,49 @@ def test_the_checkpoints_sampling_defaults_hold_until_the_client_says_otherwise(
     first, second = (message.sampling for message in serving.channel.sent)
     assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.95, 20)
     assert (second.temperature, second.top_p, second.top_k) == (0.0, 0.95, 20)
+
+
+FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+MESSAGES = [{"role": "user", "content": "hi"}]
+ONE_CALL: dict[str, dict[str, Any]] = {
+    PATH: {
+        "messages": MESSAGES,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "parallel_tool_calls": False,
+    },
+    "/v1/responses": {"input": "hi", "tools": [{"type": "function", **FUNCTION}], "parallel_tool_calls": False},
+    "/v1/messages": {
+        "messages": MESSAGES,
+        "max_tokens": 999,
+        "tools": [{"name": "weather", "input_schema": FUNCTION["parameters"]}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    },
+}
+
+
+@pytest.mark.parametrize(("path", "body"), ONE_CALL.items(), ids=ONE_CALL)
+def test_where_one_call_may_be_made_it_ends_the_answer_of_every_api(
+    scripted: ScriptedServing, path: str, body: dict[str, Any]
+) -> None:
+    scripted.say(f"{CALL}\n{CALL} and more")
+    for _ in range(5):  # steps are cut at random
+        usage = scripted.http.post(path, json=body).json()["usage"]
+        counted = usage.get("completion_tokens", usage.get("output_tokens"))
+        assert counted == len(scripted.tokenizer.encode(CALL))
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_may_be_called_and_all_stay_in_the_prompt(scripted: ScriptedServing, mode: Any) -> None:
+    scripted.say(CALL)
+    tools = [{"type": "function", "function": {"name": name}} for name in ("weather", "clock")]
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=scripted.http)
+    fields: Any = {"messages": [{"role": "user", "content": "hi"}], "tools": tools}
+    answer = client.chat.completions.create(
+        model="tiny",
+        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools[:1]}},
+        **fields,
+    )
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert '"clock"' in scripted.prompt()
+    constraint = scripted.engine.requests[-1].sampling.constraint
+    assert constraint is not None and "<function=weather>" in constraint.text and "clock" not in constraint.text

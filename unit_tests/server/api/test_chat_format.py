@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.api.chat_format import ChatFormat, MessageReader, MessageRules, write_message
+from server.api.chat_format import ChatFormat, FirstCall, MessageReader, MessageRules, write_message
 from server.api.generation import Choice, Delta, Job
 from server.api.message_parser import ContentPiece, ReasoningPiece, ToolArguments, ToolCallStart
 from server.api.terms import Terms
@@ -128,3 +128,23 @@ def test_a_whole_message_is_what_its_chunks_say(tokenizer: Tokenizer) -> None:
         for index, call in enumerate(whole["message"]["tool_calls"]):
             arguments = "".join(part["function"]["arguments"] for part in calls if part["index"] == index)
             assert call["function"]["arguments"] == arguments == '{"x": "a"}'
+
+
+def test_the_older_form_of_a_call_has_no_id(tokenizer: Tokenizer) -> None:
+    tools = Tools([], {"f": {}}, frozenset(), AUTO, None, False, is_older=True)
+    form = ChatFormat(tokenizer, JOB, MessageRules(tools))
+    chunks = form.chunks(delta(CALL, "stop"))
+    calls = [chunk["delta"].get("function_call") for chunk in chunks]
+    assert calls[:2] == [None, {"name": "f", "arguments": ""}]
+    assert "".join(call["arguments"] for call in calls[1:]) == '{"x": "a"}'
+    assert chunks[-1]["finish_reason"] == "function_call"
+    pieces = [ToolCallStart(0, "call_1", "f"), ToolArguments(0, "{}")]
+    assert write_message(pieces, is_older=True)["function_call"] == {"name": "f", "arguments": "{}"}
+
+
+@pytest.mark.parametrize("min_tokens", [0, 4])
+def test_the_first_call_ends_at_its_last_token_or_at_the_minimum(min_tokens: int) -> None:
+    tools = Tools([], {"f": {}}, frozenset(), AUTO, None, False)
+    call = FirstCall(MessageRules(tools, starts_thinking=True), min_tokens)
+    texts = ["</tool_call></think>" + CALL[:20], CALL[20:-3], CALL[-3:], " and more"]
+    assert [call.ends_with(text) for text in texts] == [False, False, min_tokens == 0, True]

@@ -220,9 +220,32 @@ def test_a_call_that_was_cut_off_ends_with_length(scripted: ScriptedServing) -> 
     assert choice["finish_reason"] == "length"
 
 
-def test_without_parallel_calls_only_the_first_counts(scripted: ScriptedServing) -> None:
-    scripted.say(f"{CALL}\n{CALL}")
-    assert len(calls_of(scripted.ask(tools=[WEATHER], parallel_tool_calls=False))) == 1
+@pytest.mark.parametrize("rest", ["", f"\n{CALL}", " and more", "the quick brown fox" * 9])
+def test_without_parallel_calls_the_end_of_the_first_is_the_end(scripted: ScriptedServing, rest: str) -> None:
+    begin = "Hm. `</tool_call>`</think>I look."
+    scripted.say(begin + CALL + rest)
+    body = {
+        "messages": MESSAGES,
+        "tools": [WEATHER],
+        "parallel_tool_calls": False,
+        "return_token_ids": True,
+        **THINKING,
+    }
+    assert calls_of(scripted.ask(**body)) == [("weather", ARGUMENTS)]
+    for _ in range(5):
+        answer = scripted.http.post(PATH, json=body).json()
+        choice = answer["choices"][0]
+        assert scripted.tokenizer.decode(choice["token_ids"]) == begin + CALL
+        assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("tool_calls", None)
+        assert scripted.client.num_in_flight == 0
+
+
+def test_a_minimum_of_tokens_goes_before_the_end_of_a_call(scripted: ScriptedServing) -> None:
+    scripted.say(f"{CALL} and more")
+    least = len(scripted.tokenizer.encode(CALL)) + 1
+    fields = {"messages": MESSAGES, "tools": [WEATHER], "parallel_tool_calls": False, "min_tokens": least}
+    assert scripted.http.post(PATH, json=fields).json()["usage"]["completion_tokens"] == least
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}])
@@ -387,7 +410,6 @@ def test_a_conversation_with_tools_goes_on(scripted: ScriptedServing) -> None:
         ({"echo": 1}, "echo"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"documents": [5]}, "documents"),
-        ({"functions": [{"name": "f"}]}, "functions"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])

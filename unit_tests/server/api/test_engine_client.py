@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
-from server.messages import Abort, Generate, SamplingParams, TokenOutput
+from server.messages import Abort, Failed, Generate, SamplingParams, StepReport, TokenOutput
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.fake_engine import BROKEN_ID, FOREVER_ID, REFUSE_ID
 
@@ -177,3 +177,54 @@ def test_draining_refuses_new_requests_and_ends_when_the_last_one_has(make_servi
                 return num_tokens
 
     assert asyncio.run(talk()) == 50
+
+
+def test_an_engine_that_generates_a_token_is_well(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def probe() -> None:
+        async with serving.delivering():
+            await serving.client.check_generates(30.0)
+
+    asyncio.run(probe())
+    assert serving.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize("num_output", [0, 3])
+def test_without_a_token_in_time_it_is_well_if_others_got_theirs(make_serving, is_full: bool, num_output: int) -> None:
+    serving: Serving = make_serving(max_requests=1 if is_full else 2)
+    serving.channel.paused = True
+
+    async def probe() -> None:
+        with serving.client.submit([_generate("a", FOREVER_ID)]):
+            probing = asyncio.create_task(serving.client.check_generates(0.02))
+            await asyncio.sleep(0)
+            serving.client.stats = dataclasses.replace(serving.client.stats, num_output_tokens=num_output)
+            await probing
+
+    if num_output:
+        asyncio.run(probe())
+    else:
+        with pytest.raises(EngineDead, match=r"nothing in 0\.02 seconds"):
+            asyncio.run(probe())
+    assert serving.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [(ModelFailure("not finite"), "cannot generate: not finite"), (RequestTimeout("late"), "nothing in 30 seconds")],
+)
+def test_a_token_that_cannot_be_had_is_a_dead_engine(make_serving, failure: TandemError, message: str) -> None:
+    serving: Serving = make_serving()
+
+    async def probe() -> None:
+        probing = asyncio.create_task(serving.client.check_generates(30.0))
+        await asyncio.sleep(0)
+        (request,) = serving.channel.sent
+        report = Failed(request.request_id, type(failure).__name__, failure.message)
+        serving.client._deliver(StepReport([], [report], serving.client.stats))
+        await probing
+
+    with pytest.raises(EngineDead, match=message):
+        asyncio.run(probe())

@@ -22,6 +22,16 @@ def test_unknown_routes_and_wrong_methods_have_error_bodies(serving: Serving) ->
     check_error(serving.http.get("/v1/completions"), 405, None)
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/completions", "POST"), ("/v1/responses/resp_x", "DELETE, GET"), ("/ready", "GET, HEAD")],
+)
+def test_a_wrong_method_is_told_all_that_the_path_takes(serving: Serving, path: str, methods: str) -> None:
+    answer = serving.http.put(path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == methods
+
+
 def test_our_own_mistake_is_a_500_with_an_error_body(serving: Serving, monkeypatch) -> None:
     monkeypatch.setattr(serving.services.metrics, "render", lambda: 1 / 0)
     check_error(serving.http.get("/metrics"), 500, None)

@@ -158,3 +158,50 @@ def test_origins_and_counts_of_drafts_agree(servings: list[Serving]) -> None:
     assert found["mean_acceptance_length"] == 1 + spec["accepted"] / found["num_spec_steps"]
     assert drafting["timings"]["draft_n"] == spec["proposed"]
     assert drafting["metrics"]["queue_time_ms"] is not None
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_prompt_that_fills_the_context_is_scored(servings: list[Serving], logprobs: int | None) -> None:
+    rng = random.Random(3)
+    ids = [rng.randrange(256) for _ in range(servings[0].client.ready.max_model_len)]
+    fields = {"max_tokens": 0, "echo": True, "logprobs": logprobs, "prompt_logprobs": 1}
+    for serving in servings:
+        for serving_again in (serving, serving):  # with and without what the prefix cache has of it
+            found = serving_again.complete([ids, ids[:-1]], **fields)
+            values = law(serving, ids).gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+            for choice, prompt in zip(found["choices"], (ids, ids[:-1]), strict=True):
+                told = [
+                    entry[str(i)]["logprob"] for i, entry in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+                ]
+                assert told == pytest.approx(values[: len(told)], abs=1e-9)
+                assert (choice["finish_reason"], found["usage"]["completion_tokens"]) == ("length", 0)
+        body = {
+            "input_ids": ids,
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 0},
+        }
+        scores = serving.http.post("/generate", json=body).json()["meta_info"]["input_token_logprobs"]
+        assert [score[0] for score in scores[1:]] == pytest.approx(values, abs=1e-9)
+
+
+@pytest.mark.parametrize(("num_left", "fields"), [(0, {"max_tokens": 1}), (-1, {"max_tokens": 0, "echo": True})])
+def test_a_prompt_over_the_context_is_refused(servings: list[Serving], num_left: int, fields: dict[str, Any]) -> None:
+    ids = [1] * (servings[0].client.ready.max_model_len - num_left)
+    answer = servings[0].http.post(PATH, json={"prompt": ids, **fields})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith(
+        f"This model's maximum context length is {len(ids) + num_left} tokens. However, your prompt"
+    )
+    assert ("for the output" in message) == (num_left == 0)
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
+def test_without_max_tokens_a_prompt_that_leaves_one_token_gets_it(servings: list[Serving], endpoint: str) -> None:
+    limit = servings[0].client.ready.max_model_len
+    for serving in servings:
+        body = {"prompt": [1] * (limit - 1), "messages": [{"role": "user", "content": "x" * 2 * limit}]}
+        body |= {"truncate_prompt_tokens": limit - 1, "temperature": 0, "ignore_eos": True}
+        usage = serving.http.post(endpoint, json=body).json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (limit - 1, 1)

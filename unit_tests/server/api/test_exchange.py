@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.exchange import Exchange, log_exchange
+from server.api.exchange import Exchange, ExchangeRecorder, log_exchange
 from server.config import ServerConfig
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_requests import check_error
@@ -32,7 +32,7 @@ def watched(make_serving, exchanges: list[Exchange]):
 @pytest.mark.parametrize("wanted", ["abc", "a" * 128, "~!{}"])
 def test_the_id_that_a_client_gives_comes_back(watched: Serving, exchanges: list[Exchange], wanted: str) -> None:
     answer = watched.http.get("/health", headers={"x-request-id": wanted})
-    assert answer.headers["x-request-id"] == wanted == exchanges[0].id
+    assert answer.headers["x-request-id"] == answer.headers["request-id"] == wanted == exchanges[0].id
 
 
 @pytest.mark.parametrize("wanted", [b"", b"two words", b"a" * 129, "ä".encode(), b"\x01\x02"])
@@ -51,6 +51,7 @@ def test_every_answer_has_an_id_of_its_own(watched: Serving, monkeypatch: pytest
     ]
     assert [answer.status_code for answer in answers] == [404, 400, 200, 500]
     assert len({answer.headers["x-request-id"] for answer in answers}) == 4
+    assert all(answer.headers["request-id"] == answer.headers["x-request-id"] for answer in answers)
     check_error(answers[3], 500, None, answers[3].headers["x-request-id"])
 
 
@@ -85,9 +86,23 @@ def test_ends_of_several_choices_are_told_once_each(watched: Serving, exchanges:
     assert exchanges[0].figures()["finish_reason"] == "length,stop"
 
 
-def test_a_client_that_leaves_is_an_abort(make_serving, exchanges: list[Exchange]) -> None:
-    run_and_leave(make_serving(observers=[exchanges.append]), stream=True)
-    assert exchanges[0].figures()["finish_reason"] == "abort"
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_an_abort_and_no_mistake_of_the_server(
+    make_serving, exchanges: list[Exchange], stream: bool
+) -> None:
+    run_and_leave(make_serving(observers=[exchanges.append]), stream=stream)
+    assert exchanges[0].figures()["finish_reason"] == "abort" and exchanges[0].status in (200, 499)
+
+
+def test_a_client_that_leaves_before_the_answer_begins_is_counted_as_one() -> None:
+    exchanges: list[Exchange] = []
+
+    async def leave(scope: Any, receive: Any, send: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "headers": [], "path": "/v1/completions"}
+    asyncio.run(ExchangeRecorder(leave, [exchanges.append])(scope, None, None))
+    assert exchanges[0].status == 499
 
 
 def test_the_log_has_one_line_per_request_and_none_of_its_words(

@@ -128,3 +128,24 @@ def test_the_first_delta_has_the_prompts_log_probabilities(tokenizer: Tokenizer,
     scores = [TokenLogprobs(-1.0, [7], [-0.5], 2)]
     assert choice.take(TokenOutput("r", [5], prompt_logprobs=scores)).prompt_logprobs == scores
     assert choice.take(TokenOutput("r", [5])).prompt_logprobs == []
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_text_that_is_complete_ends_the_choice_at_its_token(tokenizer: Tokenizer, metrics: Metrics, cut: int) -> None:
+    ids = tokenizer.encode("the quick brown fox")
+    seen: list[str] = []
+
+    def is_complete(text: str) -> bool:
+        seen.append(text)
+        return len(seen) == cut
+
+    choice = Choice(
+        0, Detokenizer(tokenizer, SamplingParams()), metrics.start_request(5, SamplingParams(), 1), is_complete
+    )
+    deltas = [choice.take(TokenOutput("r", ids[:2], num_proposed=0))] if cut > 2 else []
+    start = len(seen)
+    deltas.append(choice.take(TokenOutput("r", ids[start:], num_steps=1, num_proposed=7, num_accepted=6)))
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == ids[:cut]
+    assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids[:cut])
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason, choice.num_tokens) == (FINISH_STOP, None, cut)
+    assert choice.num_proposed == min(7, cut - start)

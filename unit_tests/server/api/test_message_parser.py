@@ -347,3 +347,24 @@ def test_the_time_is_linear_in_the_text_however_it_comes(text: str) -> None:
     feed(MessageParser(TOOLS, starts_thinking=True), text)
     feed(MessageParser(TOOLS, starts_thinking=False), [text])
     assert time.process_time() - started < 2  # about 0.1 s; quadratic time is many seconds
+
+
+def test_a_call_is_over_when_its_block_is() -> None:
+    parser = MessageParser({"f": {}}, starts_thinking=False)
+    found = []
+    for part in ("a</tool_call>", "<tool_call>\n<function=f>", "</function>", "\n</tool_call>", "\n<function=f>"):
+        parser.push(part)
+        found.append(parser.has_call)
+    assert found == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("length", range(1, len("<tool_call>")))
+def test_the_beginning_of_a_marker_is_left_out_where_the_message_was_cut_off(length: int) -> None:
+    text = "Hm.\n\n" + "<tool_call>"[:length]
+    told = {}
+    for is_truncated in (True, False):
+        parser = MessageParser({"f": {}}, starts_thinking=False)
+        pieces = [piece for char in text for piece in parser.push(char)] + parser.finish(is_truncated)
+        told[is_truncated] = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
+    assert told[False] == text
+    assert told[True] == (text if length == 1 else "Hm.")  # one character begins many things

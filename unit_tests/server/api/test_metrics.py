@@ -75,6 +75,17 @@ def test_speculation_is_counted_as_the_engine_counts_it(serving: Serving) -> Non
     assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="tiny",position="1"}' in text
 
 
+def test_steps_without_drafts_are_no_drafts_under_the_well_known_name() -> None:
+    stats = EngineStats(num_verify_steps=50, num_proposed=40, num_accepted=30, proposed_per_position=(25, 15))
+    text = Metrics("tiny", lambda: stats).render().decode()
+    assert _lines(text, "tandem:spec_decode_num_drafts_total") == ["{} 50.0"]
+    assert _lines(text, "tandem:spec_decode_num_draft_steps_total") == ["{} 25.0"]
+    assert _lines(text, "vllm:spec_decode_num_drafts_total") == ["{} 25.0"]
+    assert "vllm:spec_decode_num_draft_steps" not in text
+    assert text.count("# TYPE vllm:spec_decode_num_drafts_total counter") == 1
+    assert _lines(Metrics("tiny", EngineStats).render().decode(), "vllm:spec_decode_num_drafts_total") == ["{} 0.0"]
+
+
 def test_finish_reasons_are_counted_apart(serving: Serving) -> None:
     serving.complete([5], max_tokens=1)
     serving.complete([5, 2], max_tokens=9)

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.api.openapi import ERROR, nullable, operation, path_parameter
+from server.api.openapi import ERROR, nullable, operation, path_parameter, query_parameter
 from server.config import EngineConfig, ServerConfig
 from server.errors import NotFound, QueueFull
 from server.tokenizer import Tokenizer
@@ -49,6 +49,11 @@ def test_a_request_a_stream_and_a_parameter_are_described() -> None:
     extra = keywords["openapi_extra"]
     assert extra["requestBody"]["content"]["application/json"]["schema"] == {"type": "object"}
     assert extra["parameters"][0]["name"] == "name"
+
+
+def test_a_field_of_the_query_may_be_left_out() -> None:
+    found = query_parameter("limit", {"type": "integer"})
+    assert found == {"name": "limit", "in": "query", "required": False, "schema": {"type": "integer"}}
 
 
 def test_an_answer_without_a_content_type_is_empty() -> None:

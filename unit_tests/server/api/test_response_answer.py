@@ -143,7 +143,7 @@ def make_answer(
         stream=True,
         rules=MessageRules(),
         settings={},
-        items=[],
+        items=[b'{"role":"user","content":"hi"}'],
         is_stored=True,
     )
     services, store = serving.services, ResponseStore()
@@ -169,7 +169,9 @@ def test_a_response_that_is_cancelled_ends_where_it_is(make_serving) -> None:
                 if found[-1]["type"] == "response.output_text.delta" and running:
                     assert running[answer.id].describe("in_progress")["output"][0]["status"] == "in_progress"
                     answer.cancel()
-        assert json.loads(store.get(answer.id).body) == found[-1]["response"]
+        stored = store.get(answer.id)
+        assert json.loads(stored.body) == found[-1]["response"]
+        assert (stored.num_input, len(json.loads(stored.items))) == (len(answer.items), 2)
         return found
 
     events = asyncio.run(run())

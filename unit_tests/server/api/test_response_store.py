@@ -8,8 +8,8 @@ from server.errors import NotFound
 
 def test_a_response_is_kept_until_it_is_deleted() -> None:
     store = ResponseStore()
-    store.put("a", Stored(b"{}", b"[]"))
-    assert store.get("a") == Stored(b"{}", b"[]")
+    store.put("a", Stored(b"{}", b"[]", 0))
+    assert store.get("a") == Stored(b"{}", b"[]", 0)
     store.delete("a")
     for act in (store.get, store.delete):
         with pytest.raises(NotFound, match="there is no response 'a'"):
@@ -17,7 +17,7 @@ def test_a_response_is_kept_until_it_is_deleted() -> None:
 
 
 def test_those_that_nobody_asked_for_the_longest_time_leave_first() -> None:
-    entry = Stored(b"x" * 1000, b"y" * 1000)
+    entry = Stored(b"x" * 1000, b"y" * 1000, 0)
     store = ResponseStore(3 * entry.num_bytes)
     for name in "abc":
         store.put(name, entry)
@@ -31,9 +31,9 @@ def test_those_that_nobody_asked_for_the_longest_time_leave_first() -> None:
 
 def test_what_is_larger_than_the_store_is_not_kept_and_leaves_it_empty() -> None:
     store = ResponseStore(10_000)
-    store.put("a", Stored(b"x" * 10_000, b"[]"))
+    store.put("a", Stored(b"x" * 10_000, b"[]", 0))
     with pytest.raises(NotFound) as caught:
         store.get("a", "previous_response_id")
     assert caught.value.param == "previous_response_id"
-    store.put("b", Stored(b"{}", b"[]"))
+    store.put("b", Stored(b"{}", b"[]", 0))
     assert store.get("b").body == b"{}"

@@ -148,6 +148,34 @@ def test_a_response_is_shown_until_it_is_deleted(serving: Serving) -> None:
     check_error(serving.http.post(PATH, json=body), 404, "previous_response_id", response["id"])
 
 
+@pytest.mark.parametrize("stream", ["true", "1", "x" * 500])
+def test_a_response_is_not_streamed_later(serving: Serving, stream: str) -> None:
+    url = f"{PATH}/{ask(serving)['id']}"
+    check_error(serving.http.get(url, params={"stream": stream}), 400, "stream", "it must be false")
+    assert serving.http.get(url, params={"stream": "false", "include": "x"}).status_code == 200
+
+
+def test_later_the_official_client_is_told_why_there_is_no_stream_and_deletes(serving: Serving) -> None:
+    client, response_id = make_client(serving), ask(serving)["id"]
+    with pytest.raises(openai.BadRequestError, match="stream is 'true'"):
+        client.responses.retrieve(response_id, stream=True)
+    client.responses.delete(response_id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response_id)
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_may_be_called(scripted: ScriptedServing, mode: Any) -> None:
+    scripted.say(CALL)
+    choice: Any = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "weather"}]}
+    tools: Any = [WEATHER, CLOCK]
+    response = make_client(scripted).responses.create(model="tiny", input="hi", tools=tools, tool_choice=choice)
+    assert response.tool_choice.to_dict() == choice  # type: ignore[union-attr]
+    assert '"clock"' in scripted.prompt()
+    constraint = scripted.engine.requests[-1].sampling.constraint
+    assert constraint is not None and "<function=weather>" in constraint.text and "clock" not in constraint.text
+
+
 def test_what_is_not_to_be_stored_is_not(serving: Serving) -> None:
     check_error(serving.http.get(f"{PATH}/{ask(serving, store=False)['id']}"), 404, None)
 
@@ -194,6 +222,7 @@ def test_a_call_that_was_cut_off_does_not_break_the_conversation(scripted: Scrip
         ("tool_choice", 0, "tool_choice is 0, it must be one of"),
         ("tool_choice", {"type": "web_search"}, "an object that names a function"),
         ("tool_choice", "required", "tool_choice is required without tools"),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [CLOCK]}, "tool_choice is auto without"),
         ("parallel_tool_calls", 1, "true or false"),
     ],
 )

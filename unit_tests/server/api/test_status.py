@@ -10,6 +10,14 @@ from unit_tests.server.api.test_requests import check_error
 from unit_tests.server.fake_engine import FOREVER_ID
 
 
+def test_health_generate_is_200_if_a_token_is_generated(serving: Serving) -> None:
+    assert serving.http.get("/health_generate").status_code == 200
+    (request,) = serving.channel.sent
+    assert isinstance(request, Generate) and request.sampling.max_tokens == 1
+    serving.client.fail(EngineDead("gone"))
+    check_error(serving.http.get("/health_generate"), 503, None, "gone")
+
+
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 def test_health_is_200_until_the_engine_fails(serving: Serving, path: str) -> None:
     assert serving.http.get(path).status_code == 200
@@ -56,6 +64,17 @@ def test_the_load_is_what_the_engine_last_said(serving: Serving) -> None:
 
 def test_the_version_is_that_of_the_application(serving: Serving) -> None:
     assert serving.http.get("/version").json() == {"version": serving.app.version}
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+def test_model_info_says_where_the_model_comes_from(serving: Serving, path: str) -> None:
+    model = serving.services.engine_config.model
+    expected = {"model_path": model, "tokenizer_path": model, "is_generation": True}
+    assert serving.http.get(path).json() == expected
+
+
+def test_server_info_has_an_older_name(serving: Serving) -> None:
+    assert serving.http.get("/get_server_info").json() == serving.http.get("/server_info").json()
 
 
 def test_server_info_has_settings_and_sizes_and_no_secrets(make_serving) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jinja2
+import jsonschema
 import pytest
 
 from unit_tests.server.api.conftest import ScriptedServing, Serving
@@ -94,3 +95,11 @@ def test_a_client_can_render_prompts_by_itself(scripted: ScriptedServing) -> Non
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/classify"])
 def test_what_is_not_served_is_not_found(serving: Serving, path: str) -> None:
     check_error(serving.http.post(path, json={"input": "a"}), 404, None, f"there is no route POST {path}")
+
+
+def test_a_text_may_come_with_fields_of_conversations_that_are_null(serving: Serving) -> None:
+    operation = serving.http.get("/openapi.json").json()["paths"]["/tokenize"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    body = {**dict.fromkeys(schema["properties"]), "prompt": "hi"}
+    jsonschema.validate(body, schema)
+    assert serving.http.post("/tokenize", json=body).status_code == 200

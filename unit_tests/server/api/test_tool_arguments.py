@@ -180,6 +180,21 @@ def test_one_newline_on_either_side_is_no_part_of_a_value(text: str, value: str)
         assert json.loads("".join(write({}, ("x", parts)))) == {"x": value}
 
 
+@pytest.mark.parametrize(
+    "rules", [{"maxLength": 9}, {"anyOf": [{"type": "null"}, {"minLength": 1}]}, {"$ref": "#/$defs/name"}]
+)
+@pytest.mark.parametrize(
+    ("text", "value"), [(" a b ", "a b"), ("\ta\r", "a"), ("\n a\n\n", " a\n"), (" ", ""), ("  ", ""), ("a", "a")]
+)
+def test_one_space_on_either_side_is_no_part_of_a_value_of_a_certain_form(
+    rules: dict[str, Any], text: str, value: str
+) -> None:
+    schema = {"properties": {"x": rules, "y": {"type": "string"}}, "$defs": {"name": {"pattern": "a"}}}
+    for parts in ([text], list(text)):
+        assert json.loads("".join(write(schema, ("x", parts), ("y", parts))))["x"] == value
+        assert json.loads("".join(write(schema, ("y", [" a "])))) == {"y": " a "}
+
+
 def test_what_may_still_become_null_is_held_back_and_no_longer() -> None:
     schema = {"properties": {"x": {"type": ["string", "null"]}}}
     assert write(schema, ("x", ["\n", "nu", "ll", "\n"])) == ["", "", "", "", "", '{"x": null', "}"]

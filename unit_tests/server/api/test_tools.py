@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from server.api.fields import Fields, known_fields
+from server.api.tool_arguments import ArgumentWriter
 from server.api.tools import (
     AUTO,
     MAX_SCHEMA_DEPTH,
@@ -36,6 +37,12 @@ def tool(name: str = "weather", **fields: Any) -> dict[str, Any]:
 
 WEATHER, CLOCK = tool(description="The weather", parameters=PARAMETERS), tool("clock")
 CHOOSE_CLOCK = {"type": "function", "function": {"name": "clock"}}
+FLAT_CLOCK = {"type": "function", "name": "clock"}
+
+
+def allow(mode: str, *tools: Any) -> dict[str, Any]:
+    """A choice among some of the tools."""
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 def read(**values: Any) -> Tools | None:
@@ -51,7 +58,7 @@ def test_definitions_stay_as_they_came() -> None:
     assert tools.definitions[2]["x"] == {"deep": [1]} and "y" in tools.definitions[2]["function"]
     assert tools.schemas == {"weather": PARAMETERS, "clock": {}, "other": {}}
     assert tools.strict == {"other"}
-    assert (tools.choice, tools.named, tools.is_parallel) == (AUTO, None, True)
+    assert (tools.choice, tools.allowed, tools.is_parallel) == (AUTO, None, True)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +67,17 @@ def test_definitions_stay_as_they_came() -> None:
         ({"tool_choice": "auto"}, (AUTO, None)),
         ({"tool_choice": None}, (AUTO, None)),
         ({"tool_choice": "required"}, (REQUIRED, None)),
-        ({"tool_choice": CHOOSE_CLOCK}, (NAMED, "clock")),
+        ({"tool_choice": CHOOSE_CLOCK}, (NAMED, ("clock",))),
+        ({"tool_choice": allow("auto", CHOOSE_CLOCK)}, (AUTO, ("clock",))),
+        ({"tool_choice": allow("required", CHOOSE_CLOCK, CHOOSE_CLOCK)}, (REQUIRED, ("clock",))),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [FLAT_CLOCK]}}, (AUTO, ("clock",))),
     ],
 )
-def test_the_choice_is_auto_unless_it_is_said(values: Any, choice: tuple[str, str | None]) -> None:
+def test_the_choice_is_auto_unless_it_is_said(values: Any, choice: tuple[str, tuple[str, ...] | None]) -> None:
     tools = read(tools=[WEATHER, CLOCK], parallel_tool_calls=False, **values)
     assert tools is not None
-    assert (tools.choice, tools.named, tools.is_parallel) == (*choice, False)
+    assert (tools.choice, tools.allowed, tools.is_parallel) == (*choice, False)
+    assert tools.definitions == [WEATHER, CLOCK]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,32 @@ def nested(depth: int) -> dict[str, Any]:
             {"tools": [WEATHER], "tool_choice": CHOOSE_CLOCK},
             "tool_choice names the function 'clock', tools has 'weather'",
         ),
+        (
+            {"tools": [WEATHER], "tool_choice": allow("auto", CHOOSE_CLOCK)},
+            "tool_choice names the function 'clock', tools has 'weather'",
+        ),
+        ({"tool_choice": allow("auto", CHOOSE_CLOCK)}, "tool_choice is auto without tools"),
+        (
+            {"tools": [CLOCK], "tool_choice": allow("none", CHOOSE_CLOCK)},
+            "tool_choice.allowed_tools.mode is 'none', it must be auto or required",
+        ),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "allowed_tools", "tools": [FLAT_CLOCK]}},
+            "tool_choice.mode is null, it must be auto or required",
+        ),
+        (
+            {"tools": [CLOCK], "tool_choice": allow("auto")},
+            "tool_choice.allowed_tools.tools is empty, it must name at least one of tools",
+        ),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "allowed_tools", "allowed_tools": 5}},
+            "tool_choice.allowed_tools is 5, it must be a JSON object",
+        ),
+        (
+            {"tools": [CLOCK], "tool_choice": allow("auto", {"type": "web_search"})},
+            "tool_choice.allowed_tools.tools[0].type is 'web_search', it must be 'function'",
+        ),
+        ({"tools": [CLOCK], "tool_choice": allow("auto", 5)}, "tools[0] is 5, it must be a JSON object"),
         ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls is 'no', it must be true or false"),
     ],
 )
@@ -253,6 +290,26 @@ def test_a_strict_tool_is_called_by_its_schema_if_at_all() -> None:
         assert not matches(found, text)
 
 
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_auto_among_some_tools_calls_no_other(is_strict: bool) -> None:
+    weather = tool(parameters=PARAMETERS, strict=is_strict)
+    found = constraint(weather, CLOCK, tool_choice=allow("auto", {"type": "function", "function": {"name": "weather"}}))
+    for text in ("No call, a < b.", CALL, f"I look.\n\n{TWO}\n{CALL} Done."):
+        assert matches(found, text)
+    assert matches(found, CALL.replace("city", "town")) is not is_strict
+    bare = "<function=clock>\n</function>"
+    inner = CALL.replace("</function>", f"</function>\n{bare}")
+    for text in (TIME, f"{CALL}\n{TIME}", bare, f"{CALL}{bare}", inner, "<tool_call>x"):
+        assert not matches(found, text)
+
+
+def test_required_among_some_tools_calls_one_of_them() -> None:
+    choice = allow("required", CHOOSE_CLOCK, {"type": "function", "name": "other"})
+    found = constraint(WEATHER, CLOCK, tool("other"), tool_choice=choice)
+    assert matches(found, TIME) and matches(found, f"{TIME}\n{TIME.replace('clock', 'other')}")
+    assert not matches(found, CALL) and not matches(found, "")
+
+
 def test_the_constraint_is_plain_json() -> None:
     found = constraint(WEATHER, tool_choice="required")
     assert found is not None
@@ -266,15 +323,40 @@ def test_the_constraint_is_plain_json() -> None:
         ({"minLength": 3, "maxLength": 9}, ["Oslo", "Rome\nII", "grün"], ["", "Os", "Oslo and Rome", "a<b"]),
         ({"maxLength": 2}, ["", "O", "Os"], ["Osl"]),
         ({"minLength": 1, "maxLength": 1}, ["O"], ["", "Os"]),
-        ({"minLength": 2}, ["Os", "Oslo and Rome " * 9], ["", "O"]),
+        ({"minLength": 2}, ["Os", "Oslo and Rome, " * 9 + "Oslo"], ["", "O"]),
         ({"maxLength": 0}, [""], ["O"]),
+        ({"maxLength": 4, "type": ["string", "null"]}, ["Oslo", "null"], ["Oslos"]),
+        ({"maxLength": 2, "type": ["string", "integer"]}, ["Os", "1234"], ["Osl"]),
+        ({"maxLength": 2, "type": None}, ["Os"], ["123"]),
     ],
 )
-def test_lengths_of_strings_hold(limits: dict[str, int], fitting: list[str], others: list[str]) -> None:
-    shape = {"type": "object", "properties": {"city": {"type": "string", **limits}}, "required": ["city"]}
+def test_lengths_of_strings_hold(limits: dict[str, Any], fitting: list[str], others: list[str]) -> None:
+    rules = {name: rule for name, rule in {"type": "string", **limits}.items() if rule is not None}
+    shape = {"type": "object", "properties": {"city": rules}, "required": ["city"]}
     found = constraint(tool(parameters=shape), tool_choice="required")
     assert all(matches(found, CALL.replace("Oslo", city)) for city in fitting)
     assert not any(matches(found, CALL.replace("Oslo", city)) for city in others)
+
+
+@pytest.mark.parametrize("space", [" ", "\t", "\r", "\n", ""])
+@pytest.mark.parametrize("rules", [{"minLength": 4, "maxLength": 4}, {"pattern": "^O[a-z]{3}$"}])
+def test_a_space_that_the_grammar_allows_beside_a_value_is_no_part_of_it(rules: dict[str, Any], space: str) -> None:
+    shape = {"type": "object", "properties": {"city": {"type": "string", **rules}}, "required": ["city"]}
+    found = constraint(tool(parameters=shape), tool_choice="required")
+    assert matches(found, CALL.replace("\nOslo\n", f"{space}Oslo{space}"))
+    assert not matches(found, CALL.replace("\nOslo\n", f"{space}Oslo {space or ' '}"))
+    writer = ArgumentWriter(shape)
+    written = [writer.open("city"), writer.push(f"{space}Oslo{space}"), writer.close(), writer.finish()]
+    assert json.loads("".join(written)) == {"city": "Oslo"}
+
+
+@pytest.mark.parametrize("rule", ["pattern", "format"])
+def test_a_strict_tool_is_told_what_cannot_be_enforced(rule: str) -> None:
+    shape = {"properties": {"x": {"items": {"type": "string", rule: "date", "maxLength": 9}}}}
+    with pytest.raises(InvalidRequest, match=rf"x\.items\.maxLength is 9, it must be left out beside {rule}") as caught:
+        read(tools=[tool(parameters=shape, strict=True)])
+    assert caught.value.param == "tools"
+    assert read(tools=[tool(parameters=shape)]) is not None
 
 
 def test_lengths_hold_inside_of_lists_and_objects() -> None:

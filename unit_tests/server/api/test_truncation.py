@@ -43,6 +43,12 @@ def test_there_is_always_room_for_one_token() -> None:
     assert _read(truncate_prompt_tokens=100) == Truncation(99, keeps_start=False)
 
 
+@pytest.mark.parametrize(("asked", "max_len"), [(100, 100), (-1, 100), (99, 99)])
+def test_without_output_no_room_is_left(asked: int, max_len: int) -> None:
+    fields = Fields(KNOWN, msgspec.json.encode({"truncate_prompt_tokens": asked, "max_tokens": 0}))
+    assert read_truncation(fields, 100, least_output=0) == Truncation(max_len, keeps_start=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

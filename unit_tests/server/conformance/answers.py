@@ -134,11 +134,10 @@ def assert_close(found: Any, expected: Any) -> None:
 
 def _read_choice(choice: dict[str, Any]) -> Choice:
     message = choice.get("message") or {}
-    calls = message.get("tool_calls") or []
     return Choice(
         text=choice.get("text", message.get("content")),
         reasoning=_reasoning(message),
-        calls=[(call["function"]["name"], call["function"]["arguments"]) for call in calls],
+        calls=[(call["function"]["name"], call["function"]["arguments"]) for call in _calls(message)],
         token_ids=choice["token_ids"] or [],
         logprobs=_join_logprobs([choice["logprobs"]]),
         finish_reason=choice["finish_reason"],
@@ -152,7 +151,7 @@ def _join(chunks: list[dict[str, Any]]) -> Choice:
     assert [bool(chunk["finish_reason"]) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     deltas = [chunk.get("delta") or {"content": chunk.get("text")} for chunk in chunks]
     calls: dict[int, tuple[str, str]] = {}
-    for call in chain.from_iterable(delta.get("tool_calls") or [] for delta in deltas):
+    for call in chain.from_iterable(map(_calls, deltas)):
         function = call["function"]
         name, arguments = calls.get(call["index"], ("", ""))
         calls[call["index"]] = name + (function["name"] or ""), arguments + (function["arguments"] or "")
@@ -167,6 +166,12 @@ def _join(chunks: list[dict[str, Any]]) -> Choice:
         finish_reason=chunks[-1]["finish_reason"],
         stop_reason=chunks[-1]["stop_reason"],
     )
+
+
+def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls in a message, or in a part of one; in the older form there is one."""
+    older = message.get("function_call")
+    return [{"index": 0, "function": older}] if older else message.get("tool_calls") or []
 
 
 def _reasoning(message: dict[str, Any]) -> str | None:

@@ -114,6 +114,25 @@ def test_any_of_several_tools_may_be_called_and_one_at_most_without_parallel_cal
     assert len(one.calls) == 1
 
 
+@LAW
+def test_functions_are_answered_like_tools_of_which_one_is_called(pair: Pair, law: dict[str, Any]) -> None:
+    fields = {**say(CHAT, STRANGE_QUESTION), "max_tokens": LENGTH, **law}
+    function = {name: value for name, value in WEATHER["function"].items() if name != "strict"}
+    found = pair.ask(CHAT, **fields, functions=[function], function_call={"name": "get_weather"})
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": NAMED, "parallel_tool_calls": False}
+    expected = pair.ask(CHAT, **fields, **tools)
+    assert found.first.token_ids == expected.first.token_ids and found.usage == expected.usage
+
+
+@LAW
+def test_one_call_ends_an_answer_that_may_have_one(pair: Pair, law: dict[str, Any]) -> None:
+    fields = {"tools": [WEATHER, CLOCK], "max_tokens": LENGTH, "parallel_tool_calls": False, **law}
+    for choice in ("required", "auto"):
+        found = pair.ask(CHAT, **say(CHAT, "How warm is it in Oslo?"), tool_choice=choice, **fields)
+        assert len(found.first.calls) <= 1 and len(found.first.token_ids) == found.num_tokens
+    assert len(pair.ask(CHAT, **say(CHAT, STRANGE_QUESTION), tool_choice="required", **fields).first.calls) == 1
+
+
 def test_a_call_that_is_cut_off_ends_by_length(pair: Pair) -> None:
     fields = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0}
     for max_tokens in (9, 12, 15):
