@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Counters = dict[tuple[str, str], float]
 
-# Tandem has all of them under both.
-_PREFIXES = ("vllm:", "tandem:")
+# Tandem has both. Under its own name it counts verify steps without drafts too, which give a token as well.
+_PREFIXES = ("tandem:", "vllm:")
 _STEPS = "spec_decode_num_drafts_total"
 
 

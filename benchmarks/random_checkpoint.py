@@ -4,6 +4,7 @@ Written shape by shape from `config.json` fields, so that Tandem and its peers l
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ OTHER_PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 96,
     },
+    "2B": {
+        **_PUBLISHED,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 16,
+    },
     "4B": {
         **_PUBLISHED,
         "hidden_size": 2560,
@@ -109,6 +119,18 @@ OTHER_PRESETS: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 64,
         "tie_word_embeddings": False,
     },
+    "397B-A17B": {
+        **_PUBLISHED_MOE,
+        "hidden_size": 4096,
+        "num_hidden_layers": 60,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+        "num_attention_heads": 32,
+        "linear_num_value_heads": 64,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -133,7 +155,7 @@ def make_config(preset: str) -> dict[str, Any]:
         "model_type": "qwen3_5_moe_text" if is_moe else "qwen3_5_text",
         "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": 262144,
         "mtp_num_hidden_layers": 1,
         "rms_norm_eps": 1e-6,
         "rope_parameters": rope,
@@ -141,6 +163,17 @@ def make_config(preset: str) -> dict[str, Any]:
         "eos_token_id": 0,
         **sizes,
     }
+
+
+def count_weights(config: dict[str, Any], has_mtp: bool = False) -> int:
+    """Numbers in a text-only checkpoint, with or without its MTP layer."""
+    return sum(math.prod(shape) for name, shape in _shapes(config) if has_mtp or not name.startswith("mtp."))
+
+
+def writing_bytes(config: dict[str, Any]) -> int:
+    """The most memory that `write_random_checkpoint` takes: all weights, and the largest one drawn in float32."""
+    largest = max(math.prod(shape) for _, shape in _shapes(config))
+    return count_weights(config, has_mtp=True) * getattr(torch, config["dtype"]).itemsize + 2 * 4 * largest
 
 
 def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

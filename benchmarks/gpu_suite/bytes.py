@@ -190,13 +190,11 @@ def _step(sizes: Dimensions, work: Workload, page_size: int, num_stops: int) -> 
     yield "draw", draw(rows, batch, sizes.vocab, 2)
     yield "accept_and_commit", accept_and_commit(batch, work.rows, num_stops)
     for step in range(work.mtp_step):
-        yield from _draft_pass(sizes, batch, work.rows if step == 0 else 1, work.context, page_size)
+        yield from _draft_pass(sizes, work, work.rows if step == 0 else 1, page_size)
 
 
-def _draft_pass(
-    sizes: Dimensions, batch: int, num_tokens: int, context: int, page_size: int
-) -> Iterator[tuple[str, Moved]]:
-    rows, hidden = batch * num_tokens, sizes.hidden
+def _draft_pass(sizes: Dimensions, work: Workload, num_tokens: int, page_size: int) -> Iterator[tuple[str, Moved]]:
+    batch, rows, hidden = work.batch, work.batch * num_tokens, sizes.hidden
     yield "embed", embed(rows, hidden, 2)
     yield "rms_norm", rms_norm(rows, hidden, 2) + rms_norm(rows, hidden, 2)
     yield "cat", Moved(4 * rows * hidden * 2)
@@ -205,10 +203,10 @@ def _draft_pass(
         yield "rms_norm", rms_norm(rows, hidden, 2)
         yield "linear", linear(rows, hidden, 2 * sizes.kv_heads * sizes.head_dim, 2)
         yield "norm_rope_store", norm_rope_store(rows, replace(sizes, heads=0), 2)
-    yield from _attention_mixer(sizes, batch, 1, context, page_size)
+    yield from _attention_mixer(sizes, batch, 1, work.context, page_size)
     yield from _feed_forward(sizes, batch)
     yield "add_rms_norm", add_rms_norm(batch, hidden, 2)
-    yield "linear", linear(batch, hidden, sizes.vocab, 2)
+    yield "linear", linear(batch, hidden, work.draft_vocab or sizes.vocab, 2)
     yield "draw", draw(batch, batch, sizes.vocab, 2)
 
 

@@ -74,7 +74,7 @@ def _measure_batches(preset: str, bench: StaticDecode, batches: Sequence[int], c
                 )
                 continue
             plain = measured if mtp_step == 0 else plain
-            work = Workload(batch, mtp_step, bench.context, ACCEPTANCE)
+            work = Workload(batch, mtp_step, bench.context, ACCEPTANCE, draft_vocab=bench.draft_vocab)
             row = {"model": preset, "batch": batch, "mtp": mtp_step, **describe(measured, sizes, work, card)}
             row["gain"] = plain and row["tok_s"] * plain.seconds / batch
             log.add("decode", **row, **_memory(measured))

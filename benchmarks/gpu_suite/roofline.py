@@ -1,26 +1,30 @@
 """The least time of a decode step: every weight, state and cache entry moved once, every product at the matrix rate.
 
 No launch gaps, no activations. GDN states are float32 and kept by replay: read and written once per step, with rings of
-what the last tokens did; keys, values and weights are bfloat16. Draft passes score the whole vocabulary. Experts are
-chosen uniformly. B requests, K drafts, T = K + 1 rows of each.
+what the last tokens did; keys, values and weights are bfloat16 if not said otherwise. Experts are chosen uniformly. B
+requests, K drafts, T = K + 1 rows of each.
 """
 
 from dataclasses import dataclass
 
 from benchmarks.gpu_suite.dimensions import Dimensions
 
-_ELEMENT, _WIDE = 2, 4  # bytes of bfloat16 and float32
+_WIDE = 4  # bytes of float32
 
 
 @dataclass(frozen=True)
 class Workload:
     """A decode step: B requests with `context` tokens in the cache, K = mtp_step; a draft is right with probability
-    `acceptance` if the one before it was."""
+    `acceptance` if the one before it was. Bytes of a key or value, and of a weight on average. Draft passes score
+    `draft_vocab` tokens, 0: all."""
 
     batch: int
     mtp_step: int
     context: int = 2048
     acceptance: float = 0.85
+    element: int = 2
+    weight_element: float = 2.0
+    draft_vocab: int = 0
 
     @property
     def rows(self) -> int:
@@ -56,19 +60,20 @@ class Piece:
 def step_pieces(sizes: Dimensions, work: Workload) -> dict[str, list[Piece]]:
     """The parts of a decode step: weights, kv, state, logits, draft."""
     num_rows = work.batch * work.rows
-    head = sizes.hidden * sizes.vocab
+    head, draft_head = (sizes.hidden * vocab for vocab in (sizes.vocab, work.draft_vocab or sizes.vocab))
     delta = sizes.hidden * (sizes.delta_projection + sizes.value_size) + sizes.taps * sizes.channels
     attention = sizes.hidden * (sizes.attention_projection + sizes.heads * sizes.head_dim)
     mixers = sizes.num_delta_layers * delta + sizes.num_full_layers * attention
     draft = 2 * sizes.hidden**2 + attention
-    kv_token = 2 * sizes.kv_heads * sizes.head_dim * _ELEMENT
+    kv_token = 2 * sizes.kv_heads * sizes.head_dim * work.element
     kv_layer = Piece(work.batch * work.context * kv_token)
     drafts: list[Piece] = []
     for step in range(work.mtp_step):
         rows = work.batch if step else num_rows
-        drafts += [_weights(sizes, draft, 1, rows), Piece(_ELEMENT * head, 2 * head * work.batch), kv_layer]
+        head_piece = Piece(work.weight_element * draft_head, 2 * draft_head * work.batch)
+        drafts += [_weights(sizes, work, draft, 1, rows), head_piece, kv_layer]
     return {
-        "weights": [_weights(sizes, mixers + head, sizes.num_layers, num_rows)],
+        "weights": [_weights(sizes, work, mixers + head, sizes.num_layers, num_rows)],
         "kv": [Piece(sizes.num_full_layers * kv_layer.num_bytes)],
         "state": [Piece(work.batch * sizes.num_delta_layers * _delta_bytes(sizes, work))],
         "logits": [Piece(num_rows * sizes.vocab * _WIDE)],
@@ -91,7 +96,7 @@ def expected_experts(sizes: Dimensions, num_rows: int) -> float:
     return sizes.experts * (1 - (1 - sizes.chosen / sizes.experts) ** num_rows) if sizes.experts else 0.0
 
 
-def _weights(sizes: Dimensions, others: int, num_layers: int, num_rows: int) -> Piece:
+def _weights(sizes: Dimensions, work: Workload, others: int, num_layers: int, num_rows: int) -> Piece:
     """A pass of num_rows over `others` weights and the feed-forward layers."""
     always, expert = 3 * sizes.hidden * sizes.intermediate, 0
     if sizes.experts:
@@ -100,7 +105,7 @@ def _weights(sizes: Dimensions, others: int, num_layers: int, num_rows: int) -> 
     fixed = others + num_layers * always
     read = fixed + num_layers * expert * expected_experts(sizes, num_rows)
     used = fixed + num_layers * expert * sizes.chosen
-    return Piece(_ELEMENT * read, 2 * used * num_rows)
+    return Piece(work.weight_element * read, 2 * used * num_rows)
 
 
 def _delta_bytes(sizes: Dimensions, work: Workload) -> float:

@@ -53,6 +53,12 @@ class StaticDecode:
         self.table = self.runner.table
         self._randomise()
 
+    @property
+    def draft_vocab(self) -> int:
+        """Tokens that draft passes score."""
+        draft = self.step.draft
+        return 0 if draft is None else draft.vocabulary.num_first
+
     def _randomise(self) -> None:
         """A cache of zeros would need less power than a real one."""
         cache = self.table.cache

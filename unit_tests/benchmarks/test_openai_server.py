@@ -20,6 +20,17 @@ def test_acceptance_is_read_under_either_name(prefix: str) -> None:
     }
 
 
+def test_the_accept_length_is_of_all_steps_where_those_without_drafts_are_counted() -> None:
+    counts = {"num_draft_tokens": 20.0, "num_accepted_tokens": 10.0}
+    prefixes = ("vllm:", "tandem:")
+    both = {(f"{prefix}spec_decode_{name}_total", ""): counts[name] for prefix in prefixes for name in counts}
+    both |= {("vllm:spec_decode_num_drafts_total", ""): 20.0, ("tandem:spec_decode_num_drafts_total", ""): 40.0}
+    found = describe_speculation(both)
+    assert (found["accept_length"], found["drafts_per_step"], found["acceptance"]) == (1.25, 0.5, 0.5)
+    plain = dict.fromkeys(both, 0.0) | {("tandem:spec_decode_num_drafts_total", ""): 40.0}
+    assert describe_speculation(plain)["accept_length"] == 1.0
+
+
 def test_a_counter_that_was_not_there_before_grew_from_nothing() -> None:
     before: Counters = {("a", ""): 2.0}
     assert growth(before, {("a", ""): 5.0, ("b", "1"): 1.0}) == {("a", ""): 3.0, ("b", "1"): 1.0}
