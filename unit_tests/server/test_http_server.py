@@ -151,3 +151,10 @@ def test_many_clients_may_have_connections_open(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     with listening(ServerConfig(port=0)):
         assert len(limits) == 1
+
+
+def test_a_small_answer_does_not_wait_for_acknowledgements() -> None:
+    with listening(ServerConfig(port=0)) as listener, socket.create_connection(listener.getsockname()[:2]):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
