@@ -22,6 +22,7 @@ from server.config import EngineConfig
 from server.errors import InvalidRequest, TandemError
 from server.logs import set_up_log
 from server.messages import EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
+from server.outbox import Outbox
 
 ENGINE = "server.engine:Engine"
 # How long an idle engine sleeps before it looks whether its parent still lives.
@@ -85,24 +86,29 @@ def run(
 def serve(engine: Engine, channel: SyncEnd) -> None:
     """Say Ready, then answer until the parent process has gone."""
     channel.send(engine.ready)
+    outbox = Outbox()
     while _parent_lives():
         requests = channel.receive(0.0 if engine.has_work() else _IDLE_SECONDS)
-        report = take_turn(engine, requests)
+        report = take_turn(engine, requests, outbox)
         if report is not None:
             channel.send(report)
 
 
-def take_turn(engine: Engine, requests: Sequence[Request]) -> StepReport | None:
-    """Hand the requests over, step once if there is work; None when nothing happened.
+def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> StepReport | None:
+    """Hand the requests over, step once if there is work; None when there is nothing to tell.
 
-    Aborts alone give a report too: the gauges in it have changed.
+    Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and one now and then.
     """
+    for request in requests:
+        outbox.note(request)
     failed = [failure for request in requests if (failure := _hand_over(engine, request)) is not None]
     works = engine.has_work()
     news = engine.step() if works else []
     outputs = [one for one in news if isinstance(one, TokenOutput)]
     failed += [one for one in news if isinstance(one, Failed)]
-    return StepReport(outputs, failed, engine.stats()) if works or requests else None
+    is_due = works and (outbox.is_due or not engine.has_work())
+    outputs = outbox.collect(outputs, failed)
+    return StepReport(outputs, failed, engine.stats()) if is_due or requests or outputs or failed else None
 
 
 def _hand_over(engine: Engine, request: Request) -> Failed | None:

@@ -160,7 +160,8 @@ class Generate:
     output unless `max_tokens` is 0.
 
     A lower `priority` is served first. After `timeout` seconds the request is ended. Requests reuse each other's prefix
-    only under the same `cache_salt`.
+    only under the same `cache_salt`. If it is `told_whole`, nobody reads tokens before the last one: outputs may hold
+    those of several steps.
     """
 
     request_id: str
@@ -169,6 +170,7 @@ class Generate:
     priority: int = 0
     timeout: float | None = None
     cache_salt: str = ""
+    told_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,14 +193,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """engine -> api: tokens that one step gave one request.
+    """engine -> api: tokens that one step gave one request, or several steps one that is `told_whole`.
 
     `logprobs` has one entry per token, or is empty when not asked for. `finish_reason` is None until the last message
     of the request; a stop token ends `token_ids` and is named by `stop_token_id` (None for eos). The counts are running
     totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused,
     and `queue_seconds` passed before the request got its first row.
-    Of one step's tokens all that are accepted drafts come first. `prompt_logprobs`, if asked for, come with the first
-    output, one entry per prompt token from the second on.
+    Of one step's tokens all that are accepted drafts come first. Where there may be several steps, `drafted_steps` has
+    the drafts proposed and accepted of each that had any. `prompt_logprobs`, if asked for, come with the first output,
+    one entry per prompt token from the second on.
     """
 
     request_id: str
@@ -212,6 +215,7 @@ class TokenOutput:
     num_cached: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     queue_seconds: float = field(default=0.0, compare=False)
+    drafted_steps: list[tuple[int, int]] = field(default_factory=list)
 
 
 def count_kept_drafts(before: int, after: int, num_kept: int) -> int:

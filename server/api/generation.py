@@ -119,8 +119,8 @@ class Choice:
         was_cut = is_complete or matched is not None
         self.finish_reason = FINISH_STOP if was_cut else output.finish_reason
         num_new = self.num_tokens - num_before
+        self.clock.count_tokens(num_new, output.queue_seconds, num_steps=max(1, output.num_steps - self.num_steps))
         spec = self._count(output, num_new, was_cut)
-        self.clock.count_tokens(num_new, output.queue_seconds)
         if self.finish_reason is not None:
             self.clock.end(self.finish_reason)
         stop_reason = matched if was_cut else output.stop_token_id
@@ -157,8 +157,7 @@ class Choice:
         origins = "d" * accepted + "t" * (num_new - accepted) if is_verify else "p" * num_new
         self.num_accepted, self.num_proposed, self.num_cached = num_accepted, num_proposed, output.num_cached
         self.num_steps = output.num_steps
-        if proposed:
-            self.drafted_steps.append((proposed, accepted))
+        self.drafted_steps += output.drafted_steps or ([(proposed, accepted)] if proposed else [])
         return StepSpec(accepted, proposed, origins)
 
     def close(self) -> None:
@@ -242,6 +241,9 @@ class Generation:
     def _requests(self) -> list[Generate]:
         terms = self.job.terms
         samplings = [choice_sampling(self.job.sampling, index) for index in range(self.job.n)]
+        # A text that may end an answer must be seen as it comes.
+        is_watched = self.job.sampling.stop or self.job.return_spec or self.job.watch() is not None
+        told_whole = not (self.job.stream or is_watched)
         return [
             Generate(
                 self._id(p * self.job.n + i),
@@ -250,6 +252,7 @@ class Generation:
                 priority=terms.priority,
                 timeout=terms.timeout,
                 cache_salt=terms.cache_salt,
+                told_whole=told_whole,
             )
             for p, prompt in enumerate(self.job.prompts)
             for i, sampling in enumerate(samplings)

@@ -115,12 +115,13 @@ class Metrics:
         return RequestClock(self, prompt_len)
 
     def observe_step(self, stats: EngineStats) -> None:
-        """What the engine says after each of its steps."""
+        """What the engine says after its steps; of several at once each had as many tokens."""
         last, self._last = self._last, stats
-        if stats.num_steps > last.num_steps:
-            num_reused = stats.num_cached_tokens - last.num_cached_tokens
-            num_computed = stats.num_prompt_tokens - last.num_prompt_tokens - num_reused
-            self.step_tokens.observe(max(0, num_computed) + stats.num_output_tokens - last.num_output_tokens)
+        num_steps = stats.num_steps - last.num_steps
+        num_reused = stats.num_cached_tokens - last.num_cached_tokens
+        num_computed = max(0, stats.num_prompt_tokens - last.num_prompt_tokens - num_reused)
+        for _ in range(num_steps):
+            self.step_tokens.observe((num_computed + stats.num_output_tokens - last.num_output_tokens) / num_steps)
 
     def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
         """One HTTP request has been answered; clients may call a method what they like."""
@@ -161,8 +162,9 @@ class RequestClock:
         """First to last token."""
         return self._last_at - self._first_at if self.num_tokens else None
 
-    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0) -> None:
-        """One output arrived with `num_tokens` tokens for the client; its request had waited `queue_seconds`."""
+    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0, num_steps: int = 1) -> None:
+        """One output arrived with `num_tokens` tokens of `num_steps` steps for the client; its request had waited
+        `queue_seconds`."""
         if not num_tokens:
             return
         now, metrics = time.perf_counter(), self._metrics
@@ -171,7 +173,7 @@ class RequestClock:
             metrics.ttft.observe(now - self._arrived_at)
             metrics.prompt_tokens.inc(self._prompt_len)
         else:
-            metrics.itl.observe(now - self._last_at)
+            metrics.itl.observe((now - self._last_at) / num_steps)
         self._last_at = now
         self.num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)

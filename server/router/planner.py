@@ -6,10 +6,10 @@ from what was accepted (`Acceptance`). Knows counts and seconds, never tokens.
 """
 
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from server.router.acceptance import Acceptance, evidence
 from server.router.cost_table import CostTable
 
 # Plans between two looks at the draft behind the last one that pays, when there is no reason to hurry or to give up.
@@ -22,11 +22,6 @@ MAX_PROBE_INTERVAL = 4 * PROBE_INTERVAL
 # What the average over the server's requests starts from, and how fast it moves.
 FIRST_ACCEPTANCE = 0.7
 _SERVER_WEIGHT = 0.01
-# The server's average counts as much as this many observations of a new request, which may be quite another kind.
-_PRIOR_OBSERVATIONS = 1
-_WEIGHT = 0.02
-_DRIFT_WEIGHT = 0.1
-_PROBE_WEIGHT = 0.3
 # Tokens per second that all probes together may cost, as a share, and how much of it, in steps, may be saved up.
 _PROBE_SHARE = 0.005
 _MAX_PROBE_BUDGET = 0.1
@@ -38,55 +33,13 @@ _DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.1, 6.0)
 # What so many steps with drafts showed counts as much as the table; each plain step since takes a share of it away. The
 # machine may have been busy when it was measured.
 _TABLE_STEPS, _MEMORY = 5, 0.998
+_OVERHEAD_WEIGHT = 0.05
 # Plans without drafts that repeat the one before them without a look.
 _MAX_REPEATED = 3
 # Plans whose choice is remembered.
 _MAX_ANSWERS = 512
 
 _Survivals = tuple[tuple[float, ...], ...]
-
-
-class Acceptance:
-    """How likely the drafts of one request are accepted: per position, given that those before it were.
-
-    Exponential averages: they start from `prior`, which counts as much as a few observations, so that a request's own
-    first steps move them most. Afterwards they move slowly, or a draft that pays would be given up for noise; but when
-    they err to the same side for long, the text has changed and they move fast (as in Trigg and Leach, 1967).
-    `survivals[j]` is the probability that the first j + 1 drafts are all accepted, rounded to whole percents.
-    """
-
-    def __init__(self, prior: Sequence[float]):
-        self.estimates = list(prior)
-        self.survivals: tuple[float, ...] = ()
-        self._counts = [0] * len(prior)
-        self._drifts = [0.0] * len(prior)
-        self._multiply()
-
-    def survival(self, num_drafts: int) -> float:
-        """Probability that the first num_drafts drafts are all accepted."""
-        return self.survivals[num_drafts - 1] if num_drafts else 1.0
-
-    def update(self, num_proposed: int, num_accepted: int, probed: int = 0) -> None:
-        """Learn from one verify step. The draft after the accepted ones was refused, those behind it show nothing.
-        Draft number `probed` (0: none) is looked at so seldom that what it shows counts more."""
-        for position, is_accepted in _evidence(num_proposed, num_accepted):
-            self._counts[position] += 1
-            error = is_accepted - self.estimates[position]
-            self._drifts[position] += _DRIFT_WEIGHT * (error - self._drifts[position])
-            weight = max(_WEIGHT, 1 / (self._counts[position] + _PRIOR_OBSERVATIONS), self._drifts[position] ** 2)
-            if position == probed - 1:
-                weight = max(weight, _PROBE_WEIGHT)
-            self.estimates[position] += weight * error
-        self._multiply()
-
-    def _multiply(self) -> None:
-        products = itertools.accumulate(self.estimates, operator.mul)
-        self.survivals = tuple(round(survival, 2) for survival in products)
-
-
-def _evidence(num_proposed: int, num_accepted: int) -> Iterable[tuple[int, bool]]:
-    """(index, accepted) of every draft that was judged."""
-    return ((index, index < num_accepted) for index in range(min(num_proposed, num_accepted + 1)))
 
 
 @dataclass(eq=False)
@@ -158,6 +111,8 @@ class _Costs:
     _ragged: dict[int, float] = field(default_factory=dict)
     # What drafts add to a step costs so many times what the table says, relative to what plain steps do.
     drafting_factor: float = 1.0
+    # What the host takes between two steps, in seconds: the more tokens of a step, the fewer share it.
+    overhead: float = 0.0
 
     def verify(self, batch: int) -> list[float]:
         """Seconds to verify 0, 1, ... drafts of a batch."""
@@ -165,6 +120,10 @@ class _Costs:
             counts = range(batch * self.mtp_step + 1)
             self._verify[batch] = [max(self.table.verify(batch, batch + count), 1e-9) for count in counts]
         return self._verify[batch]
+
+    def plain(self, batch: int) -> float:
+        """Seconds from one step without drafts to the next."""
+        return self.verify(batch)[0] + self.overhead
 
     def draft(self, batch: int) -> list[float]:
         """Seconds of one draft for 0, 1, ... at least `batch` requests."""
@@ -186,7 +145,7 @@ class _Costs:
             if key not in extend:
                 extend[key] = self.table.extend(*key)
             added = verify[count] - verify[0] + extend[key] + chain + ragged * (_num_depths(batch, alive) - 1)
-            seconds.append(verify[0] + factor * added)
+            seconds.append(self.plain(batch) + factor * added)
         return seconds
 
     def added(self, widths: Sequence[int], depths: Sequence[int]) -> float:
@@ -208,7 +167,7 @@ class _Costs:
         """Seconds of a step with these depths."""
         positions = [position for depth in depths for position in range(depth)]
         if not positions:
-            return self.verify(len(depths))[0]
+            return self.plain(len(depths))
         return self.prefixes(len(depths), positions, self.drafting_factor)[-1]
 
     def rate(self, survivals: Sequence[Sequence[float]], depths: Sequence[int]) -> float:
@@ -240,6 +199,7 @@ class Planner:
         self.plain_factor = 1.0  # what plain steps really cost, over what the table says
         self._added = self._excess = 0.0  # seconds that drafts add to a step: by the table, and on a machine like it
         self._num_seen = 0.0  # steps that showed it, of late
+        self._overhead = 0.0  # the host's between two steps, an average
         self._probe_budget = 0.0
         self._is_plain = True  # the last plan wanted no drafts but those of probes
         self._costs = None if costs is None else _Costs(costs, mtp_step)
@@ -293,7 +253,7 @@ class Planner:
 
     def _recall(self, costs: _Costs, survivals: _Survivals, limits: tuple[int, ...]) -> list[int]:
         """The best depths, which are asked for the same most of the time: survivals are rounded for this."""
-        question = (survivals, limits, costs.drafting_factor)
+        question = (survivals, limits, costs.drafting_factor, costs.overhead)
         if question not in self._answers:
             if len(self._answers) >= _MAX_ANSWERS:
                 self._answers.clear()
@@ -303,7 +263,7 @@ class Planner:
     def observe(self, request: SpeculationState, num_proposed: int, num_accepted: int) -> None:
         """Learn that of num_proposed drafts that were judged, the first num_accepted were right."""
         self._acceptance(request).update(num_proposed, num_accepted, request.end_probe(num_proposed, num_accepted))
-        for position, is_accepted in _evidence(num_proposed, num_accepted):
+        for position, is_accepted in evidence(num_proposed, num_accepted):
             self.server_acceptance[position] += _SERVER_WEIGHT * (is_accepted - self.server_acceptance[position])
 
     def record_step(
@@ -330,7 +290,14 @@ class Planner:
             self._num_seen *= _MEMORY
         elif is_typical or not self._is_plain:
             self._learn_drafting(self._costs, plain, self._costs.added(widths, depths), seconds)
-        self._measured.add(num_committed / batch * plain * self.plain_factor, seconds)
+        overhead = self._costs.overhead
+        self._measured.add(num_committed / batch * (plain * self.plain_factor + overhead), seconds + overhead)
+
+    def record_overhead(self, seconds: float) -> None:
+        """Learn what the host took between two decode steps of the same requests."""
+        if self._costs is not None:
+            self._overhead += _OVERHEAD_WEIGHT * (max(0.0, seconds) - self._overhead)
+            self._costs.overhead = float(f"{self._overhead:.0e}")
 
     def _learn_drafting(self, costs: _Costs, plain: float, added: float, seconds: float) -> None:
         """A step that the table says takes plain + added seconds. What plain steps do not explain is due to drafts; but
@@ -399,7 +366,7 @@ class Planner:
 
     def _promise(self, costs: _Costs, survivals: _Survivals, depths: list[int]) -> list[int]:
         """Note what a step with these depths should give and take; the depths again."""
-        batch, plain = len(depths), costs.verify(len(depths))[0]
+        batch, plain = len(depths), costs.plain(len(depths))
         seconds, num_tokens = plain, float(batch)
         if any(depths):
             seconds, num_tokens = costs.step(depths), _num_expected(survivals, depths)
@@ -425,7 +392,7 @@ def _choose(
         for position, survival in enumerate(survivals[index][:limit])
     )
     batch = len(limits)
-    best_ratio, best = batch / costs.verify(batch)[0], drafts[:0]
+    best_ratio, best = batch / costs.plain(batch), drafts[:0]
     for longest in range(1, max(limits) + 1):
         chosen = [draft for draft in drafts if draft[1] < longest]
         num_tokens, num_best = float(batch), 0

@@ -70,15 +70,14 @@ class Scheduler:
         self.rows = Pool(limits.max_running_requests)
         self.cache = PrefixCache(limits, self.pages, is_intact)
         self.holdings: dict[str, Holding] = {}  # of the running ones, by id
-        zeros = [0] * limits.mtp_step
-        self.counters = Counters(proposed_per_position=zeros.copy(), accepted_per_position=zeros.copy())
+        proposed, accepted = ([0] * limits.mtp_step for _ in range(2))
+        self.counters = Counters(proposed_per_position=proposed, accepted_per_position=accepted)
         self._by_id: dict[str, Request] = {}
         self._timed: dict[str, Request] = {}  # those with a deadline
-        self._num_arrived = 0
-        self._before: list[CacheOp] = []
-        self._after: list[CacheOp] = []
+        self._before, self._after = list[CacheOp](), list[CacheOp]()
         self._notices: list[TokenOutput | Failed] = []
         self._chunk_limit = limits.chunked_prefill_size
+        self._num_arrived, self._collected_at = 0, clock()  # the last step was collected then
 
     def add(self, request: Request) -> None:
         """Queue a request. Its longest form fits the cache: the engine checks max_model_len against it at start."""
@@ -147,13 +146,15 @@ class Scheduler:
 
     def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
         """A chunk beside a decode pass: cut the next one so that it prolongs the step as `stream_slowdown` allows."""
+        since, self._collected_at = self._collected_at, self.clock()
         prefill_len, prefill_seconds, decode_seconds = 0, 0.0, 0.0
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
                 decode_seconds = outcome.seconds
-                widths, depths = batch.widths_and_depths
-                num_committed = sum(outcome.accept_lens)
-                self.planner.record_step(widths, depths, num_committed, decode_seconds, not batch.catches_up)
+                num_tokens, is_typical = sum(outcome.accept_lens), not batch.catches_up
+                self.planner.record_step(*batch.widths_and_depths, num_tokens, outcome.seconds, is_typical)
+                if len(step.batches) == 1 and any(work.request.num_steps for work in batch.works):
+                    self.planner.record_overhead(self._collected_at - since - outcome.seconds)
             else:
                 prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
         if prefill_len and decode_seconds and not math.isinf(self.limits.stream_slowdown):

@@ -13,6 +13,7 @@ from server.channel import AsyncEnd
 from server.config import EngineConfig
 from server.engine_process import run, take_turn
 from server.messages import Abort, Fatal, Generate, Ready, SamplingParams, StepReport
+from server.outbox import Outbox
 from unit_tests.server.fake_engine import RAISE_ID, REFUSE_ID, FakeEngine
 
 FAKE = "unit_tests.server.fake_engine:FakeEngine"
@@ -23,22 +24,23 @@ def _generate(request_id: str, prompt: list[int]) -> Generate:
 
 
 def test_a_turn_without_work_and_messages_says_nothing() -> None:
-    assert take_turn(FakeEngine(EngineConfig()), []) is None
+    assert take_turn(FakeEngine(EngineConfig()), [], Outbox()) is None
 
 
 def test_an_abort_alone_gives_a_report_so_that_the_gauges_fall() -> None:
     engine = FakeEngine(EngineConfig())
-    report = take_turn(engine, [_generate("a", [5])])
+    report = take_turn(engine, [_generate("a", [5])], Outbox())
     assert report is not None
     assert report.stats.num_running == 1
-    report = take_turn(engine, [Abort("a")])
+    report = take_turn(engine, [Abort("a")], Outbox())
     assert report is not None
     assert report.stats.num_running == 0
     assert report.outputs == []
 
 
 def test_a_refused_request_fails_and_the_others_go_on() -> None:
-    report = take_turn(FakeEngine(EngineConfig()), [_generate("bad", [REFUSE_ID]), _generate("good", [5])])
+    requests = [_generate("bad", [REFUSE_ID]), _generate("good", [5])]
+    report = take_turn(FakeEngine(EngineConfig()), requests, Outbox())
     assert report is not None
     assert [(f.request_id, f.error) for f in report.failed] == [("bad", "InvalidRequest")]
     assert [output.request_id for output in report.outputs] == ["good"]

@@ -18,6 +18,7 @@ from server.api.services import Services, build_services
 from server.config import EngineConfig, ServerConfig
 from server.engine_process import Engine, take_turn
 from server.messages import Reply, Request, SamplingParams
+from server.outbox import Outbox
 from server.tokenizer import Tokenizer
 from unit_tests.server.api.scripted_engine import ScriptedEngine
 from unit_tests.server.fake_engine import FakeEngine
@@ -28,6 +29,7 @@ class InlineChannel:
 
     def __init__(self, engine: Engine):
         self._engine = engine
+        self._outbox = Outbox()
         self._inbox: list[Request] = []
         self.sent: list[Request] = []
         self.paused = False
@@ -44,7 +46,7 @@ class InlineChannel:
             if self.paused:
                 continue
             requests, self._inbox = self._inbox, []
-            report = take_turn(self._engine, requests)
+            report = take_turn(self._engine, requests, self._outbox)
             if report is not None:
                 return report
             await asyncio.sleep(0.001)  # an idle engine blocks on its socket; this loop must not spin

@@ -39,6 +39,8 @@ def run(
             assert not tasks[-1].done()
             assert (await http.post("/abort_request", json={"abort_all": True})).json() == {"num_aborted": 1}
             assert (await tasks[-1]).status_code == 200
+            while len(serving.engine.aborted) < num_running:
+                await asyncio.sleep(0.001)
         return answers
 
     answers = asyncio.run(run_in_time(talk()))

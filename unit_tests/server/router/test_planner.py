@@ -138,27 +138,6 @@ def test_a_grid_with_holes_is_our_own_mistake() -> None:
 # What is learned from results.
 
 
-def test_drafts_behind_a_refused_one_show_nothing() -> None:
-    acceptance = Acceptance([0.5, 0.5, 0.5])
-    acceptance.update(num_proposed=3, num_accepted=1)
-    up, down, same = acceptance.estimates
-    assert up > 0.5 > down and same == 0.5
-    assert [acceptance.survival(count) for count in range(4)] == pytest.approx(
-        [1, up, up * down, up * down * 0.5], abs=0.005
-    )
-
-
-def test_estimates_reach_what_is_true_and_start_fast() -> None:
-    rng = random.Random(0)
-    acceptance = Acceptance([0.7])
-    for _ in range(4):
-        acceptance.update(1, 0)
-    assert acceptance.survival(1) < 0.4
-    for _ in range(1000):
-        acceptance.update(1, int(rng.random() < 0.6))
-    assert acceptance.survival(1) == pytest.approx(0.6, abs=0.15)
-
-
 def test_a_new_request_starts_from_what_the_server_has_seen() -> None:
     planner = Planner(K, make_table(), is_adaptive=True)
     old, new = SpeculationState(max_draft=K), SpeculationState(max_draft=K)
@@ -193,6 +172,18 @@ def test_drafts_that_cost_more_than_they_give_are_not_proposed() -> None:
 def test_drafts_that_are_free_and_accepted_are_all_proposed() -> None:
     planner = Planner(8, free_table(8), is_adaptive=True)
     assert planner.plan(make_states([[0.9] * 8, [0.6] * 8], max_draft=8)) == [8, 8]
+
+
+def test_drafts_pay_where_the_host_takes_long_between_steps() -> None:
+    costs = CostTable({(4, 1): 1.0, (4, 4): 3.4}, {4: 0.2}, {(4, 1): 0.2, (4, 4): 0.2})
+    planner, states = Planner(K, costs, is_adaptive=True), make_states([[0.95] * 3] * 4)
+    assert planner.plan(states) == [0] * 4
+    for _ in range(100):
+        planner.record_overhead(1.0)
+    assert [planner.plan(states) for _ in range(5)][-1] == [3] * 4
+    for _ in range(200):
+        planner.record_overhead(-0.1)
+    assert planner.plan(states) == [0] * 4
 
 
 def test_nobody_gets_more_than_allowed() -> None:

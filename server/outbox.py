@@ -1,0 +1,87 @@
+"""What the engine process has said and not sent yet: an answer that nobody reads before it ends need not be told token
+by token, which costs both processes more than a small model's step.
+
+Knows outputs, neither the engine nor the channel. No torch.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from server.messages import Abort, Failed, Generate, Request, TokenOutput
+
+# Tokens are kept back for so many seconds at most: if their request is ended meanwhile, they are lost.
+KEEP_SECONDS = 0.1
+
+
+@dataclass
+class _Held:
+    """What is kept back of a request, None: nothing; and drafts proposed and accepted up to now."""
+
+    output: TokenOutput | None = None
+    num_proposed: int = 0
+    num_accepted: int = 0
+    has_begun: bool = False
+
+    def add(self, output: TokenOutput) -> None:
+        """Put the tokens of another step behind what is there."""
+        proposed, accepted = output.num_proposed - self.num_proposed, output.num_accepted - self.num_accepted
+        self.num_proposed, self.num_accepted = output.num_proposed, output.num_accepted
+        steps = [(proposed, accepted)] if proposed else []
+        before = self.output or TokenOutput(output.request_id, [])
+        self.output = replace(
+            output,
+            token_ids=[*before.token_ids, *output.token_ids],
+            logprobs=[*before.logprobs, *output.logprobs],
+            prompt_logprobs=[*before.prompt_logprobs, *output.prompt_logprobs],
+            drafted_steps=[*before.drafted_steps, *steps],
+        )
+
+    def take(self) -> TokenOutput | None:
+        """What is kept back, which is sent now."""
+        output, self.output, self.has_begun = self.output, None, True
+        return output
+
+
+class Outbox:
+    """Passes outputs on; those of requests that are `told_whole` with their first token, every KEEP_SECONDS, and at
+    their end."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._sent_at = clock()
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def is_due(self) -> bool:
+        """Something should be said, if only how the engine is."""
+        return self._clock() - self._sent_at >= KEEP_SECONDS
+
+    def note(self, request: Request) -> None:
+        """A request that is handed to the engine."""
+        if isinstance(request, Generate) and request.told_whole:
+            self._held[request.request_id] = _Held()
+        elif isinstance(request, Abort):
+            self._held.pop(request.request_id, None)
+
+    def collect(self, outputs: Iterable[TokenOutput], failed: Iterable[Failed]) -> list[TokenOutput]:
+        """What is to be sent after a step that gave these."""
+        for failure in failed:
+            self._held.pop(failure.request_id, None)
+        sent = [ready for output in outputs if (ready := self._put(output)) is not None]
+        if self.is_due:
+            self._sent_at = self._clock()
+            sent += [kept for held in self._held.values() if (kept := held.take()) is not None]
+        return sent
+
+    def _put(self, output: TokenOutput) -> TokenOutput | None:
+        """The output, or with it what was kept back; None: it is kept back, too."""
+        held = self._held.get(output.request_id)
+        if held is None:
+            return output
+        held.add(output)
+        if output.finish_reason is not None:
+            del self._held[output.request_id]
+        elif held.has_begun:
+            return None
+        return held.take()
