@@ -6,7 +6,7 @@ Knows outputs, neither the engine nor the channel. No torch.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from server.messages import Abort, Failed, Generate, Request, TokenOutput
 
@@ -16,31 +16,28 @@ KEEP_SECONDS = 0.1
 
 @dataclass
 class _Held:
-    """What is kept back of a request, None: nothing; and drafts proposed and accepted up to now."""
+    """What is kept back of a request, and drafts proposed and accepted before it."""
 
-    output: TokenOutput | None = None
+    outputs: list[TokenOutput] = field(default_factory=list)
     num_proposed: int = 0
     num_accepted: int = 0
     has_begun: bool = False
 
-    def add(self, output: TokenOutput) -> None:
-        """Put the tokens of another step behind what is there."""
-        proposed, accepted = output.num_proposed - self.num_proposed, output.num_accepted - self.num_accepted
-        self.num_proposed, self.num_accepted = output.num_proposed, output.num_accepted
-        steps = [(proposed, accepted)] if proposed else []
-        before = self.output or TokenOutput(output.request_id, [])
-        self.output = replace(
-            output,
-            token_ids=[*before.token_ids, *output.token_ids],
-            logprobs=[*before.logprobs, *output.logprobs],
-            prompt_logprobs=[*before.prompt_logprobs, *output.prompt_logprobs],
-            drafted_steps=[*before.drafted_steps, *steps],
+    def take(self) -> TokenOutput:
+        """What is kept back, at least one output, as one; it is sent now."""
+        outputs, self.outputs, self.has_begun = self.outputs, [], True
+        steps = []
+        for output in outputs:
+            if output.num_proposed > self.num_proposed:
+                steps.append((output.num_proposed - self.num_proposed, output.num_accepted - self.num_accepted))
+            self.num_proposed, self.num_accepted = output.num_proposed, output.num_accepted
+        return replace(
+            outputs[-1],
+            token_ids=[token_id for output in outputs for token_id in output.token_ids],
+            logprobs=[one for output in outputs for one in output.logprobs],
+            prompt_logprobs=[one for output in outputs for one in output.prompt_logprobs],
+            drafted_steps=steps,
         )
-
-    def take(self) -> TokenOutput | None:
-        """What is kept back, which is sent now."""
-        output, self.output, self.has_begun = self.output, None, True
-        return output
 
 
 class Outbox:
@@ -71,7 +68,7 @@ class Outbox:
         sent = [ready for output in outputs if (ready := self._put(output)) is not None]
         if self.is_due:
             self._sent_at = self._clock()
-            sent += [kept for held in self._held.values() if (kept := held.take()) is not None]
+            sent += [held.take() for held in self._held.values() if held.outputs]
         return sent
 
     def _put(self, output: TokenOutput) -> TokenOutput | None:
@@ -79,7 +76,7 @@ class Outbox:
         held = self._held.get(output.request_id)
         if held is None:
             return output
-        held.add(output)
+        held.outputs.append(output)
         if output.finish_reason is not None:
             del self._held[output.request_id]
         elif held.has_begun:
