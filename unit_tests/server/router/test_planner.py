@@ -307,9 +307,9 @@ def test_what_would_not_pay_if_all_were_right_is_tried_for_its_cost_alone() -> N
     assert simulation.num_tokens / simulation.seconds > 0.985 / table.verify(1, 1)
 
 
-@pytest.mark.parametrize("error", [0.2, 5.0])
+@pytest.mark.parametrize("error", [0.2, 5.0, 20.0])
 def test_a_table_that_was_measured_on_a_busy_machine_is_found_out(error: float) -> None:
-    """Drafts seem to cost five times what they do, or a fifth of it."""
+    """Drafts seem to cost many times what they do, or a fifth of it."""
     for probability, draft, best in ((0.9, 0.15, [K]), (0.5, 0.9, [0])):
         truth, wrong = make_table(draft=draft), make_table(draft=draft * error)
         simulation = Simulation(Planner(K, wrong, is_adaptive=True), truth, batch=1)
