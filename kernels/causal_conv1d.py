@@ -37,9 +37,18 @@ def causal_conv1d_cached(u: Tensor, weight: Tensor, ring: Tensor, read_slots: Te
     position mod ring_len) of the inputs before u, oldest first; write_slots [B · T'] those of the last T' <= ring_len
     tokens of u. A verify step needs ring_len >= T + W - 1, so that what it writes spares what the next one reads.
     """
-    slots = ring.flatten(0, 1)
-    history = slots.index_select(0, read_slots).view(u.shape[0], -1, u.shape[2])
-    out = causal_conv1d(u, weight, history)
-    num_kept = len(write_slots) // u.shape[0]
-    slots.index_copy_(0, write_slots, u[:, u.shape[1] - num_kept :].flatten(0, 1).to(ring.dtype))
-    return out
+    history = read_history(ring, read_slots, len(u))
+    record_inputs(u, ring, write_slots)
+    return causal_conv1d(u, weight, history)
+
+
+def read_history(ring: Tensor, read_slots: Tensor, batch: int) -> Tensor:
+    """The inputs before those of a pass over `batch` requests: [B, W - 1, C], a copy; see `causal_conv1d_cached`."""
+    return ring.flatten(0, 1).index_select(0, read_slots).view(batch, -1, ring.shape[2])
+
+
+def record_inputs(u: Tensor, ring: Tensor, write_slots: Tensor) -> None:
+    """Put the newest of u [B, T, C] into the ring; see `causal_conv1d_cached`."""
+    num_kept = len(write_slots) // len(u)
+    newest = u[:, u.shape[1] - num_kept :].flatten(0, 1)
+    ring.flatten(0, 1).index_copy_(0, write_slots, newest.to(ring.dtype))

@@ -10,13 +10,20 @@ R rows.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached, read_history, record_inputs
 from kernels.cpu.delta_training import ConvolvedHeads
 from kernels.cpu.training import runs
-from kernels.gated_delta_rule import DeltaRing, Fold, gated_delta_rule, gated_delta_rule_verify
+from kernels.gated_delta_rule import (
+    DeltaRing,
+    Fold,
+    gated_delta_rule,
+    gated_delta_rule_prefill,
+    gated_delta_rule_verify,
+)
 from kernels.rms_norm import gated_rms_norm, l2_norm
 
 
@@ -84,6 +91,27 @@ def gated_delta_net_verify(
     return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
 
 
+def gated_delta_net_prefill(
+    projected: Tensor,
+    shape: DeltaNetShape,
+    weights: DeltaNetWeights,
+    memory: DeltaNetMemory,
+    conv_slots: tuple[Tensor, Tensor],
+    fold: Fold,
+) -> Tensor:
+    """Known tokens: projected [B, T, ...] as in `gated_delta_net_verify`, split by request -> [B · T, HV · DV].
+
+    conv_slots are the convolution's (read, write) slots. On entry the states may be behind by what `fold` has, on exit
+    they stand behind the last token.
+    """
+    qkv, z, log_alpha, beta = split_projected(projected, shape, weights)
+    history = read_history(memory.conv_ring, conv_slots[0], len(projected))
+    record_inputs(qkv, memory.conv_ring, conv_slots[1])
+    q, k, v = convolve_heads(qkv, weights.conv, shape, history)
+    out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, fold)
+    return gated_rms_norm(out, z, weights.norm, weights.eps).view(-1, shape.value_heads * shape.value_dim)
+
+
 def gated_delta_net_sequence(projected: Tensor, shape: DeltaNetShape, weights: DeltaNetWeights) -> Tensor:
     """Whole sequences from a zero state, differentiable: projected [B, T, ...] as in `gated_delta_net_verify`, split
     by sequence -> [B · T, HV · DV]."""
@@ -93,11 +121,19 @@ def gated_delta_net_sequence(projected: Tensor, shape: DeltaNetShape, weights: D
     return gated_rms_norm(out, z, weights.norm, weights.eps).view(-1, shape.value_heads * shape.value_dim)
 
 
-def convolve_heads(qkv: Tensor, conv: Tensor, shape: DeltaNetShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole sequences, differentiable: the convolution of qkv [B, T, C] with conv [C, W], and `split_heads` of it."""
+def convolve_heads(
+    qkv: Tensor, conv: Tensor, shape: DeltaNetShape, history: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution of qkv [B, T, C] with conv [C, W], and `split_heads` of it; differentiable.
+
+    history [B, W - 1, C], of conv's dtype, holds the inputs before qkv; None means zeros, as before whole sequences.
+    """
+    if history is not None and runs(conv):
+        heads = ConvolvedHeads.apply(torch.cat([history, qkv.to(conv.dtype)], dim=1), conv, tuple(shape))
+        return tuple(head[:, history.shape[1] :] for head in heads)
     if runs(qkv, conv):
         return ConvolvedHeads.apply(qkv, conv, tuple(shape))
-    return split_heads(causal_conv1d(qkv, conv), shape)
+    return split_heads(causal_conv1d(qkv, conv, history), shape)
 
 
 def split_projected(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.delta_training import DeltaRule
+from kernels.cpu.delta_training import DeltaRule, continue_delta_rule
 from kernels.cpu.training import runs
 
 CHUNK_LEN = 64
@@ -76,7 +76,12 @@ def gated_delta_rule_prefill(
     for group, members in fold.groups:
         _fold(state[group], recorded, members)
     rows = [row for group, _ in fold.groups for row in range(group.start, group.stop)]
-    out, state[rows] = _run_chunks(q, k, v, log_alpha, beta, state[rows])
+    states = state[rows]
+    if runs(q, k, v, log_alpha, beta, states):
+        out = continue_delta_rule((q, k, v, log_alpha, beta), states)
+    else:
+        out, states = _run_chunks(q, k, v, log_alpha, beta, states)
+    state[rows] = states
     return out
 
 
@@ -112,12 +117,12 @@ def fold_recorded(state: Tensor, recorded: DeltaRing, count: Tensor) -> Tensor:
     state [L, HV, DK, DV]; recorded k [L, F, HK, DK], u [L, F, HV, DV], alpha [L, F, HV], oldest first; count: a number
     0..F on the device.
     """
-    num_heads = state.shape[1]
-    for index in range(recorded.k.shape[1]):
+    num_heads, is_known = state.shape[1], not count.is_cuda
+    for index in range(int(count) if is_known else recorded.k.shape[1]):
         k, u, alpha = (part[:, index] for part in recorded)
         k = k.repeat_interleave(num_heads // k.shape[1], dim=1)
         folded = state * alpha[..., None, None] + k[..., None] * u[:, :, None]
-        state = torch.where(count > index, folded, state)
+        state = folded if is_known else torch.where(count > index, folded, state)
     return state
 
 

@@ -26,16 +26,20 @@ void advance(const DeltaRuleSizes& n, const KeyChunk& keys, const ValueChunk& ch
     product<Into::add>(transposed(weighted, width), chunk.u, width, pad(n.value_dim), rows, state);
 }
 
-// states [B, HV, chunks, pad(DK), pad(DV)]: those before every chunk, for the way back; or null.
+// states [B, HV, chunks, pad(DK), pad(DV)]: those before every chunk, for the way back; or null. memory [B, HV, DK, DV]:
+// the state before the sequence, and then the one after it; null: zero before it.
 void forward_task(const DeltaRuleSizes& n, const DeltaRuleTensors<const float>& in, int64_t task, float* out,
-                  float* states) {
+                  float* states, float* memory) {
     const int64_t batch = task / n.key_heads, key_head = task % n.key_heads, group = n.group(), size = n.state_size();
-    const int64_t DV = n.value_dim, HV = n.value_heads, width = pad(DV);
+    const int64_t DK = n.key_dim, DV = n.value_dim, HV = n.value_heads, width = pad(DV);
     Scratch scratch(KeyChunk::size(n) + ValueChunk::size(n) + group * size + CHUNK * pad(n.key_dim));
     KeyChunk keys(n, scratch);
     ValueChunk chunk(n, scratch);
     float *running = scratch.take(group * size), *weighted = scratch.take(CHUNK * pad(n.key_dim));
     std::fill_n(running, group * size, 0.0f);
+    float* kept = memory == nullptr ? nullptr : memory + (batch * HV + key_head * group) * DK * DV;
+    for (int64_t g = 0; kept != nullptr && g < group; ++g)
+        load_rows(kept + g * DK * DV, DV, DK, DV, pad(DK), running + g * size);
     for (int64_t index = 0; index < n.num_chunks(); ++index) {
         const ChunkPlace place(n, batch, index);
         keys.load(n, in, place, key_head);
@@ -52,6 +56,8 @@ void forward_task(const DeltaRuleSizes& n, const DeltaRuleTensors<const float>& 
             advance(n, keys, chunk, rows, weighted, state);
         }
     }
+    for (int64_t g = 0; kept != nullptr && g < group; ++g)
+        store_rows(running + g * size, DK, DV, kept + g * DK * DV, DV);
 }
 
 // Gradients of a chunk, named as what they are of: q, k, QKt and KKt, which the value heads add to; of the value head
@@ -205,11 +211,11 @@ void backward_task(const DeltaRuleSizes& n, const DeltaRuleTensors<const float>&
 
 }  // namespace
 
-// All tensors are contiguous. out [B, T, HV, DV]; states may be null.
+// All tensors are contiguous. out [B, T, HV, DV]; states and memory may be null.
 extern "C" void delta_rule_float32(const DeltaRuleSizes* sizes, const DeltaRuleTensors<const float>* in, float* out,
-                                   float* states, int num_threads) {
+                                   float* states, float* memory, int num_threads) {
     share(sizes->batch * sizes->key_heads, num_threads,
-          [=](int64_t task) { forward_task(*sizes, *in, task, out, states); });
+          [=](int64_t task) { forward_task(*sizes, *in, task, out, states, memory); });
 }
 
 extern "C" void delta_rule_backward_float32(const DeltaRuleSizes* sizes, const DeltaRuleTensors<const float>* in,

@@ -70,14 +70,13 @@ class DeltaRule(Function):
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         inputs = tuple(x.contiguous() for x in inputs)
         q, _, v, _, _ = inputs
-        (batch, tokens, key_heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
-        ctx.sizes = _Sizes(batch, tokens, key_heads, value_heads, key_dim, value_dim)
+        ctx.sizes = _sizes(q, v)
         states = None
         if any(ctx.needs_input_grad):
-            places = batch * value_heads * -(-tokens // _CHUNK_LEN)
-            states = torch.empty(places * _padded(key_dim) * _padded(value_dim))
+            places = ctx.sizes.batch * ctx.sizes.value_heads * -(-ctx.sizes.tokens // _CHUNK_LEN)
+            states = torch.empty(places * _padded(ctx.sizes.key_dim) * _padded(ctx.sizes.value_dim))
         out = torch.empty_like(v)
-        call("delta_rule", ctx.sizes, _Inputs(*_addresses(inputs)), out, states, torch.get_num_threads())
+        call("delta_rule", ctx.sizes, _Inputs(*_addresses(inputs)), out, states, None, torch.get_num_threads())
         ctx.save_for_backward(*inputs, states)
         return out
 
@@ -92,6 +91,20 @@ class DeltaRule(Function):
             *(ctx.sizes, addresses[0], states, d_out.contiguous(), addresses[1], torch.get_num_threads()),
         )
         return tuple(gradients)
+
+
+def continue_delta_rule(inputs: tuple[Tensor, ...], state: Tensor) -> Tensor:
+    """o of q, k, v, log_alpha and beta behind `state` [B, HV, DK, DV], contiguous, which becomes the one after them."""
+    inputs = tuple(x.contiguous() for x in inputs)
+    q, _, v, _, _ = inputs
+    out = torch.empty_like(v)
+    call("delta_rule", _sizes(q, v), _Inputs(*_addresses(inputs)), out, None, state, torch.get_num_threads())
+    return out
+
+
+def _sizes(q: Tensor, v: Tensor) -> _Sizes:
+    (batch, tokens, key_heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
+    return _Sizes(batch, tokens, key_heads, value_heads, key_dim, value_dim)
 
 
 def _padded(size: int) -> int:

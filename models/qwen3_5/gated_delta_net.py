@@ -8,19 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kernels.causal_conv1d import causal_conv1d_cached
 from kernels.gated_delta_net import (
     DeltaNetMemory,
     DeltaNetShape,
     DeltaNetWeights,
+    gated_delta_net_prefill,
     gated_delta_net_sequence,
     gated_delta_net_verify,
-    split_heads,
-    split_projected,
 )
-from kernels.gated_delta_rule import gated_delta_rule_prefill
 from kernels.quantized_linear import Weight
-from kernels.rms_norm import gated_rms_norm
 from models.cache import GDNCache
 from models.config import ModelConfig
 from models.forward_batch import ForwardBatch
@@ -66,11 +62,7 @@ class GatedDeltaNet(nn.Module):
         by_request = projected.view(part.num_requests, -1, projected.shape[-1])
         if memory is None or view is None:
             return gated_delta_net_sequence(by_request, self.shape, weights)
-        qkv, z, log_alpha, beta = split_projected(by_request, self.shape, weights)
-        conv = causal_conv1d_cached(qkv, weights.conv, memory.conv_ring, *part.conv_slots)
-        q, k, v = split_heads(conv, self.shape)
-        out = gated_delta_rule_prefill(q, k, v, log_alpha, beta, memory.state, memory.ring, view.fold)
-        return gated_rms_norm(out, z, weights.norm, weights.eps).view(len(projected), -1)
+        return gated_delta_net_prefill(by_request, self.shape, weights, memory, part.conv_slots, view.fold)
 
     def _mix_gpu(self, projected: Tensor, weights: DeltaNetWeights, forward: ForwardBatch) -> Tensor:
         """All requests, between the projections: [N, ...] -> [N, HV · DV]."""

@@ -11,6 +11,7 @@ from kernels.gated_delta_net import (
     DeltaNetWeights,
     VerifyPlace,
     convolve_heads,
+    gated_delta_net_prefill,
     gated_delta_net_sequence,
     gated_delta_net_verify,
     split_heads,
@@ -67,6 +68,32 @@ def run_whole(inputs: Tensor, shape: DeltaNetShape, weights: DeltaNetWeights) ->
     qkv, z, log_alpha, beta = split_projected(inputs[None], shape, weights)
     q, k, v = split_heads(causal_conv1d(qkv, weights.conv), shape)
     return gated_rms_norm(gated_delta_rule(q, k, v, log_alpha, beta), z, weights.norm, EPS).view(len(inputs), -1)
+
+
+def to(dtype: torch.dtype, weights: DeltaNetWeights, memory: DeltaNetMemory) -> tuple[DeltaNetWeights, DeltaNetMemory]:
+    ring = DeltaRing(*(part.to(dtype) for part in memory.ring))
+    kept = DeltaNetMemory(memory.conv_ring.to(dtype), memory.state.to(dtype), ring)
+    return DeltaNetWeights(*(weight.to(dtype) for weight in weights[:-1]), weights.eps), kept
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", [(5, 1, 40, 4), (1, 2, 47), (50,)])
+def test_a_prompt_in_chunks_gives_the_whole_sequence(name: str, dtype: torch.dtype, chunks: tuple[int, ...]) -> None:
+    """bfloat16 is the projection's; all else is float32 then."""
+    shape, wide = SHAPES[name], torch.promote_types(dtype, torch.float32)
+    inputs = draw_inputs(shape, sum(chunks), seed=7).to(dtype)
+    expected = run_whole(inputs.double(), shape, make_weights(shape))
+    weights, memory = to(wide, make_weights(shape), make_memory(shape))
+    outs, start = [], 0
+    for count in chunks:
+        place = make_place(start, 0, min(count, CONV_LEN))
+        kept = ROW * CONV_LEN + torch.arange(start + max(0, count - CONV_LEN), start + count) % CONV_LEN
+        part = inputs[None, start : start + count]
+        outs.append(gated_delta_net_prefill(part, shape, weights, memory, (place.conv_slots[0], kept), place.fold))
+        start += count
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(torch.cat(outs).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SHAPES)
