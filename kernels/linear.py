@@ -15,7 +15,8 @@ from kernels.quantized_linear import QuantizedWeight, Weight, quantized_linear
 
 MAX_ROWS = 64
 _FUNCTIONS = {torch.bfloat16: "linear_bfloat16", torch.float32: "linear_float32", torch.float64: "linear_float64"}
-_PARALLEL_PRODUCTS = 2**19
+# Below, the other cores are left to what else serving takes.
+_PARALLEL_PRODUCTS = 2**22
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

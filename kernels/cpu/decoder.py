@@ -22,8 +22,9 @@ from kernels.gpu.dispatch import runs_triton
 from kernels.quantized_linear import QuantizedWeight, Weight
 
 MAX_HEAD_DIM = 1024  # of an attention head
-# Multiplications per layer below which a second thread costs more than it does.
-_PARALLEL_PRODUCTS = 2**20
+# Multiplications per layer below which the other cores are left to what else serving takes: a step of so few tokens of
+# so small a model ends in about a millisecond.
+_PARALLEL_PRODUCTS = 2**23
 _FUNCTIONS = {torch.bfloat16: "decoder_bfloat16", torch.float32: "decoder_float32", torch.float64: "decoder_float64"}
 _VECTOR_NAMES = ("input_norm", "post_norm", "q_norm", "k_norm", "conv", "a_log", "dt_bias", "delta_norm")
 _MATRIX_NAMES = ("in_proj", "out_proj", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate")

@@ -130,7 +130,7 @@ class Team {
     }
 
    private:
-    static constexpr int64_t PIECES_PER_THREAD = 8;
+    static constexpr int64_t PIECES_PER_THREAD = 32;
     int num_threads_;
     bool has_crew_;
 };
