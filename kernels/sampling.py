@@ -7,6 +7,7 @@ softmax(logits / T). Logits are float32 or wider.
 """
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,50 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW_32 = 0xFFFFFFFF
 _PARALLEL_NUMBERS = 2**16
+# Threads wake up later than one alone is through with fewer logits, where there is no noise to make.
+_PARALLEL_LOGITS = 2**18
+# The library keeps so many best tokens in order while it reads a row.
+_MOST_BEST = 64
+
+
+class PenaltyTable(NamedTuple):
+    """What penalties need to know of R requests: scales [R, 3] float32, rows of repetition, frequency and presence
+    penalty (may be strided); output_counts [R, V] int32: how often the output so far has each token; in_prompt [R, V]
+    bool."""
+
+    scales: Tensor
+    output_counts: Tensor
+    in_prompt: Tensor
+
+
+class Logprobs(NamedTuple):
+    """Of N tokens: log-probabilities [N], of each row the best ids and values [N, num_top] (the best first, of equal
+    ones the lowest id), and ranks [N]: one more than the number of tokens that are likelier."""
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_values: Tensor
+    ranks: Tensor
+
+
+def penalise(logits: Tensor, rows: Tensor, table: PenaltyTable, window: Tensor | None = None) -> Tensor:
+    """`apply_penalties` with what the table's rows [N] int64 say, those of a request side by side: a copy of logits [N,
+    V].
+
+    window [N] int64: the tokens that the logits' rows were run on, of each request a known one, then drafts. Those up
+    to a row's own count as output, too.
+    """
+    library = load_library() if logits.device.type == "cpu" else None
+    if library is not None:
+        return _penalise_cpp(library, logits, rows, table, window)
+    counts = table.output_counts[rows]
+    if window is not None:
+        is_draft = torch.zeros_like(rows, dtype=torch.bool)
+        is_draft[1:] = rows[1:] == rows[:-1]
+        is_counted = (is_draft & (rows == rows[:, None])).tril()  # [row, place in window]
+        counts.scatter_add_(1, window.expand(len(rows), -1), is_counted.to(counts.dtype))
+    scales = table.scales[rows].to(logits.dtype)
+    return apply_penalties(logits, counts, table.in_prompt[rows], *scales.unbind(1))
 
 
 def apply_penalties(
@@ -32,6 +77,22 @@ def apply_penalties(
     scale = torch.where(seen, repetition[:, None], 1.0)
     logits = torch.where(logits > 0, logits / scale, logits * scale)
     return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+
+
+def count_outputs(output_counts: Tensor, rows: Tensor, which: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
+    """Add to output_counts [R, V] int32, in `rows` [n], the first accept_lens [B] of token_ids [B, T] of the requests
+    `which` [n]. All others are int64."""
+    library = load_library() if output_counts.device.type == "cpu" else None
+    if library is not None:
+        inputs = [tensor.contiguous() for tensor in (rows, which, token_ids, accept_lens)]
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        sizes = (len(rows), token_ids.shape[1], output_counts.shape[1])
+        library.count_outputs_int32(output_counts.data_ptr(), *addresses, *sizes)
+        return
+    token_ids, accept_lens = token_ids[which], accept_lens[which]
+    is_emitted = torch.arange(token_ids.shape[1], device=token_ids.device) < accept_lens[:, None]
+    flat = rows[:, None] * output_counts.shape[1] + token_ids
+    output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
 
 
 def draw(
@@ -53,11 +114,11 @@ def draw(
     if len(sampled) == 0:
         return logits.argmax(-1)
     library = load_library() if logits.device.type == "cpu" else None
-    is_filtered = bool((((top_k > 0) | (top_p < 1) | (min_p > 0)) & (temperature > 0)).any())
+    is_filtered = _has_filter(temperature, top_k, top_p, min_p)
     if library is not None and not is_filtered:
         return _draw_cpp(library, logits, temperature, seeds, positions)
     token_ids = logits.argmax(-1)
-    scaled = logits[sampled] / temperature[sampled, None].to(logits.dtype)
+    scaled = _scale(logits[sampled], temperature[sampled])
     if is_filtered:
         scaled = _filter(scaled, top_k[sampled], top_p[sampled], min_p[sampled])
     if library is not None:
@@ -78,17 +139,51 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2.0**-24)))
 
 
-def compute_ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """[N]: one more than the number of tokens that have a larger logit in their row of logits [N, V] than token_ids
-    [N]."""
-    return 1 + (logits > logits.gather(1, token_ids[:, None])).sum(-1)
+def process(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The logits [N, V] whose softmax `draw` draws from, -inf for what its filters leave out; where the temperature is
+    0 they are as given."""
+    is_sampled = temperature > 0
+    scaled = _scale(logits, torch.where(is_sampled, temperature, 1.0))
+    if _has_filter(temperature, top_k, top_p, min_p):
+        scaled = _filter(scaled, top_k, top_p, min_p)
+    return torch.where(is_sampled[:, None], scaled, logits)
 
 
-def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-softmax of logits [N, V]: of token_ids [N], and the num_top best ids and values [N, num_top]."""
+def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, places: Tensor | None = None) -> Logprobs:
+    """Log-softmax of logits [M, V] for token_ids [M] int64, in rows `places` [N] int64 (all, if None)."""
+    library = load_library() if logits.device.type == "cpu" and num_top <= _MOST_BEST else None
+    if library is not None:
+        return _compute_logprobs_cpp(library, logits, token_ids, num_top, places)
+    if places is not None:
+        logits, token_ids = logits[places], token_ids[places]
     logprobs = logits.log_softmax(-1)
-    top = logprobs.topk(num_top, dim=-1)
-    return logprobs.gather(1, token_ids[:, None])[:, 0], top.indices, top.values
+    chosen = token_ids[:, None]
+    ranks = 1 + (logits > logits.gather(1, chosen)).sum(-1)
+    top_ids = _best(logits, num_top)
+    return Logprobs(logprobs.gather(1, chosen)[:, 0], top_ids, logprobs.gather(1, top_ids), ranks)
+
+
+def _best(logits: Tensor, count: int) -> Tensor:
+    """Ids [N, count] of the largest of logits [N, V], in order; `topk` takes any of equal ones."""
+    if count == 0:
+        return logits.new_zeros(len(logits), 0, dtype=torch.int64)
+    least = logits.topk(count, dim=-1).values[:, -1:]
+    is_above, is_least = logits > least, logits == least
+    kept = is_above | (is_least & (is_least.cumsum(-1) <= count - is_above.sum(-1, keepdim=True)))
+    # A row with a NaN may keep none: its ids mean nothing, but there are such.
+    ids = torch.arange(logits.shape[1], device=logits.device).where(kept, logits.shape[1] - 1)
+    ids = ids.topk(count, dim=-1, largest=False).values.sort(dim=-1).values
+    order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(1, order)
+
+
+def _has_filter(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> bool:
+    """Whether some row that draws has a filter."""
+    return bool((((top_k > 0) | (top_p < 1) | (min_p > 0)) & (temperature > 0)).any())
+
+
+def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
+    return logits / temperature[:, None].to(logits.dtype)
 
 
 def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -131,6 +226,48 @@ def _draw_cpp(library: ctypes.CDLL, logits: Tensor, temperature: Tensor, seeds: 
     addresses = [tensor.data_ptr() for tensor in (*inputs, token_ids)]
     function(*addresses, rows, vocab_size, num_threads)
     return token_ids
+
+
+def _penalise_cpp(
+    library: ctypes.CDLL, logits: Tensor, rows: Tensor, table: PenaltyTable, window: Tensor | None
+) -> Tensor:
+    num_rows, vocab_size = logits.shape
+    logits, rows = logits.contiguous(), rows.contiguous()
+    window = None if window is None else window.contiguous()
+    out = torch.empty_like(logits)
+    function = library.penalise_float32 if logits.dtype == torch.float32 else library.penalise_float64
+    function(
+        *(logits.data_ptr(), out.data_ptr(), rows.data_ptr(), table.scales.data_ptr(), table.scales.stride(0)),
+        *(table.output_counts.data_ptr(), table.in_prompt.data_ptr(), None if window is None else window.data_ptr()),
+        *(num_rows, vocab_size, _count_threads(num_rows * vocab_size)),
+    )
+    return out
+
+
+def _compute_logprobs_cpp(
+    library: ctypes.CDLL, logits: Tensor, token_ids: Tensor, num_top: int, places: Tensor | None
+) -> Logprobs:
+    """`compute_logprobs`, but for the last bits of the sum."""
+    vocab_size = logits.shape[1]
+    num_rows = len(logits) if places is None else len(places)
+    logits, token_ids = logits.contiguous(), token_ids.contiguous()
+    out = Logprobs(
+        logits.new_empty(num_rows),
+        token_ids.new_empty(num_rows, num_top),
+        logits.new_empty(num_rows, num_top),
+        token_ids.new_empty(num_rows),
+    )
+    function = library.logprobs_float32 if logits.dtype == torch.float32 else library.logprobs_float64
+    function(
+        *(logits.data_ptr(), None if places is None else places.data_ptr(), token_ids.data_ptr()),
+        *(tensor.data_ptr() for tensor in out),
+        *(num_rows, vocab_size, num_top, _count_threads(num_rows * vocab_size)),
+    )
+    return out
+
+
+def _count_threads(num_logits: int) -> int:
+    return torch.get_num_threads() if num_logits >= _PARALLEL_LOGITS else 1
 
 
 def _to_int32(word: Tensor) -> Tensor:

@@ -8,16 +8,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from server.control import Control
 from server.errors import ConfigError
 from server.messages import Abort, Fatal, Generate, Ready, Reply, Request, StepReport
 
-_MESSAGES = {message.__name__: message for message in (Generate, Abort, Ready, StepReport, Fatal)}
+_MESSAGES = {message.__name__: message for message in (Generate, Abort, *get_args(Control), Ready, StepReport, Fatal)}
 _ENVELOPE = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _DECODERS = {name: msgspec.msgpack.Decoder(message) for name, message in _MESSAGES.items()}
 _ENCODER = msgspec.msgpack.Encoder()

@@ -36,6 +36,7 @@ _speculation = partial(_setting, "speculation")
 _kernels = partial(_setting, "kernels")
 _http = partial(_setting, "HTTP")
 _requests = partial(_setting, "defaults and limits of requests")
+_training = partial(_setting, "reinforcement learning")
 _observability = partial(_setting, "observability")
 
 
@@ -111,8 +112,9 @@ class EngineConfig:
     attention_backend: str = _kernels(
         "auto",
         "kernels of the attention layers; flashinfer: for prefill, with triton's decode step; auto: triton on a GPU, "
-        "torch elsewhere",
-        ("auto", "triton", "flashinfer", "torch"),
+        "torch elsewhere. Of other engines' names torch_native is torch; triton serves fa2 and flash_attn on a GPU, "
+        "fa3 on Hopper (9.0), trtllm_mha on Blackwell (10.x), and elsewhere they are refused",
+        ("auto", "triton", "flashinfer", "torch", "torch_native", "fa2", "flash_attn", "fa3", "trtllm_mha"),
     )
     gdn_backend: str = _kernels(
         "auto",
@@ -230,6 +232,23 @@ class ServerConfig:
     trust_request_chat_template: bool = _requests(
         False, "let requests bring a chat template, which can take all of a processor's time"
     )
+    logprobs_mode: str = _requests(
+        "raw_logprobs",
+        "what log-probabilities are of, unless a request says: the model's own law, or the one that tokens are drawn "
+        "from, after temperature and filters",
+        ("raw_logprobs", "processed_logprobs"),
+    )
+    enable_rl: bool = _training(
+        False, "serve the routes of trainers, which pause the engine and change its weights, versions and memory"
+    )
+    admin_api_key: str | None = _training(
+        None,
+        "key that requests for those routes must bring instead of one of --api-key; also TANDEM_ADMIN_API_KEY",
+        is_secret=True,
+    )
+    skip_tokenizer_init: bool = _training(
+        False, "load no tokenizer: requests bring token ids to /generate or /inference/v1/generate, and get ids only"
+    )
     log_level: str = _observability("info", "what is logged", ("debug", "info", "warning", "error"))
     log_format: str = _observability("text", "lines of text, or of one JSON object each", ("text", "json"))
     disable_log_requests: bool = _observability(False, "leave out the line about each finished request")
@@ -255,8 +274,12 @@ class ServerConfig:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
         if not all(self.served_model_name):
             raise ConfigError("--served-model-name has an empty name")
-        if not all(key and key.isascii() and key.isprintable() and " " not in key for key in self.api_key):
-            raise ConfigError("--api-key has a key that is empty or has characters other than visible ASCII")
+        admin_keys = () if self.admin_api_key is None else (self.admin_api_key,)
+        for flag, keys in (("--api-key", self.api_key), ("--admin-api-key", admin_keys)):
+            if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+                raise ConfigError(f"{flag} has a key that is empty or has characters other than visible ASCII")
+        if admin_keys and not self.enable_rl:
+            raise ConfigError("--admin-api-key guards the routes of --enable-rl; add that, or leave it out")
 
 
 def _require_choices(config: Any) -> None:

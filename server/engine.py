@@ -7,6 +7,7 @@ for step t.
 """
 
 import logging
+import math
 import random
 from concurrent.futures import Future
 
@@ -25,6 +26,8 @@ from server.backend.runner import build_runner
 from server.backend.sampler import Sampled
 from server.backend.step_costs import measure_costs
 from server.config import EngineConfig
+from server.control import Control, Done
+from server.engine_control import EngineControl
 from server.errors import InvalidRequest
 from server.messages import EngineStats, Failed, Generate, Ready, SamplingParams, TokenOutput
 from server.request import Batch, Request, Step
@@ -34,6 +37,8 @@ from server.router.scheduler import Scheduler
 from server.router.watchdog import Watchdog
 
 _PROBE_PROMPT_LEN, _PROBE_OUTPUT_LEN = 48, 24
+# How often to look whether a command can go on, and whether the time of a request is over in a pause.
+_COMMAND_SECONDS, _PAUSE_SECONDS = 0.002, 0.05
 
 log = logging.getLogger("tandem.engine")
 
@@ -71,6 +76,7 @@ class Engine:
         )
         compiler = GrammarCompiler(config.model, table.vocab_size, self.runner.eos_ids)
         self.grammars = GrammarQueue(compiler, self.runner.eos_ids, table.vocab_size)
+        self.controls = EngineControl(self.runner, self.scheduler, self.grammars, self.drain, self.flush_cache)
         self._num_steps = 0
         self._in_flight: tuple[Step, Future[list[PassResult]]] | None = None
         if config.watchdog:
@@ -105,14 +111,45 @@ class Engine:
         self.grammars.remove(request_id)
         self.scheduler.abort(request_id)
 
+    def control(self, command: Control) -> None:
+        """Take a command; `take_done` says what became of it."""
+        self.controls.add(command)
+
+    def take_done(self) -> list[Done]:
+        """The commands that have been carried out or refused."""
+        return self.controls.take_done()
+
+    @property
+    def is_changing(self) -> bool:
+        """What was emitted so far must be told before the next step, which begins with other weights."""
+        return self.controls.is_changing
+
+    @property
+    def patience(self) -> float:
+        """After so many seconds there may be work that no message brought: a command can go on, or the time of a
+        request is over."""
+        if self.controls.is_waiting:
+            return _COMMAND_SECONDS
+        return _PAUSE_SECONDS if self.controls.is_frozen else math.inf
+
     def has_work(self) -> bool:
-        """Some request waits or runs, or a step is under way."""
-        return self._in_flight is not None or self.scheduler.has_work() or len(self.grammars) > 0
+        """Some request waits or runs, or a step is under way; in a pause, some time is over. Or a command can go on."""
+        if self.controls.is_frozen:
+            works = self.scheduler.has_late_requests()
+        else:
+            works = self._in_flight is not None or self.scheduler.has_work()
+        return works or len(self.grammars) > 0 or self.controls.has_work()
 
     def step(self) -> list[TokenOutput | Failed]:
         """Hand the device one step (a prefill pass and a decode pass, whichever have work) and return what the step
         before it emitted; without overlap, what this one did."""
-        outputs = self._take_ready()
+        outputs = self.controls.advance()
+        if self.is_changing:
+            return outputs
+        outputs += self._take_ready()
+        if self.controls.is_frozen:
+            self.scheduler.end_late_requests()
+            return outputs + self.scheduler.take_notices()
         if self.scheduler.waits_for_results():
             outputs += self.drain()
         with self.trace.span("schedule", "host"):
@@ -172,7 +209,8 @@ class Engine:
     def _run_pass(self, batch: Batch) -> PassResult:
         runner, watch = self.runner, Stopwatch(self.runner.table.device)
         update_table(batch, runner.table)
-        if batch.is_verify and runner.decode is not None and not batch.has_matchers:
+        is_eager = batch.has_matchers or batch.wants_processed
+        if batch.is_verify and runner.decode is not None and not is_eager:
             with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in batch.works)):
                 return self._result(runner.decode.run(batch), batch, watch)
         forward = build_forward_batch(batch, runner.table)
@@ -243,10 +281,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Gauges now, and counters since start."""
         scheduler, counters, planner = self.scheduler, self.scheduler.counters, self.scheduler.planner
-        cache = scheduler.cache
+        cache, versions = scheduler.cache, self.controls.versions
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self.grammars),
+            num_waiting=scheduler.num_waiting + len(self.grammars),
             num_pages=scheduler.pages.count,
             num_free_pages=scheduler.pages.num_free + cache.num_evictable,
             num_steps=self._num_steps,
@@ -274,4 +312,10 @@ class Engine:
             num_host_refused=cache.counters.num_host_refused,
             num_timeouts=counters.num_timeouts,
             faults=dict(counters.faults),
+            weight_version=versions.weight_version,
+            mtp_weight_version=versions.mtp_weight_version,
+            mtp_stale=versions.is_stale,
+            is_paused=self.controls.is_paused,
+            num_weight_updates=versions.num_updates,
+            drafts_by_version=versions.drafts,
         )

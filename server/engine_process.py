@@ -19,9 +19,10 @@ import tqdm
 
 from server.channel import SyncEnd
 from server.config import EngineConfig
+from server.control import Control, Done
 from server.errors import InvalidRequest, TandemError
 from server.logs import set_up_log
-from server.messages import EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
+from server.messages import Abort, EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
 from server.outbox import Outbox
 
 ENGINE = "server.engine:Engine"
@@ -44,6 +45,20 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
 
+    def control(self, command: Control) -> None:
+        """Take a command."""
+
+    def take_done(self) -> list[Done]:
+        """What became of commands since the last call."""
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether what was emitted must be told before the next step."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which there may be work that no message has brought."""
+
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
 
@@ -65,6 +80,9 @@ def run(
     # The lock that tqdm would make is a semaphore of the system, which outlives a killed process.
     tqdm.tqdm.set_lock(threading.RLock())
     set_up_log(log_level, log_format)
+    # Behind an operation torch's threads keep their cores for a moment, as a prefill wants, not for the milliseconds of
+    # libgomp's default: the cores are the api's and its clients', too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     channel = SyncEnd(endpoint)
     try:
         loaded = _load(engine, config)
@@ -88,7 +106,7 @@ def serve(engine: Engine, channel: SyncEnd) -> None:
     channel.send(engine.ready)
     outbox = Outbox()
     while _parent_lives():
-        requests = channel.receive(0.0 if engine.has_work() else _IDLE_SECONDS)
+        requests = channel.receive(0.0 if engine.has_work() else min(engine.patience, _IDLE_SECONDS))
         report = take_turn(engine, requests, outbox)
         if report is not None:
             channel.send(report)
@@ -98,6 +116,7 @@ def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> St
     """Hand the requests over, step once if there is work; None when there is nothing to tell.
 
     Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and one now and then.
+    All outputs of a report were made by the weights that its gauges name.
     """
     for request in requests:
         outbox.note(request)
@@ -107,18 +126,23 @@ def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> St
     outputs = [one for one in news if isinstance(one, TokenOutput)]
     failed += [one for one in news if isinstance(one, Failed)]
     is_due = works and (outbox.is_due or not engine.has_work())
-    outputs = outbox.collect(outputs, failed)
-    return StepReport(outputs, failed, engine.stats()) if is_due or requests or outputs or failed else None
+    outputs = outbox.collect(outputs, failed, tells_all=engine.is_changing or not engine.has_work())
+    done = engine.take_done()
+    is_said = is_due or requests or outputs or failed or done
+    return StepReport(outputs, failed, engine.stats(), done) if is_said else None
 
 
 def _hand_over(engine: Engine, request: Request) -> Failed | None:
-    if not isinstance(request, Generate):
-        engine.abort(request.request_id)
-        return None
-    try:
-        engine.add(request)
-    except InvalidRequest as error:
-        return Failed(request.request_id, type(error).__name__, error.message, error.param)
+    match request:
+        case Generate():
+            try:
+                engine.add(request)
+            except InvalidRequest as error:
+                return Failed(request.request_id, type(error).__name__, error.message, error.param)
+        case Abort():
+            engine.abort(request.request_id)
+        case _:
+            engine.control(request)
     return None
 
 

@@ -40,6 +40,13 @@ class NotFound(TandemError):
     type = "NotFoundError"
 
 
+class Conflict(TandemError):
+    """The state of the server does not allow it now: another weight session is open, or none is."""
+
+    status = 409
+    type = "ConflictError"
+
+
 class QueueFull(TandemError):
     """More requests are waiting than `--max-queue` admits."""
 

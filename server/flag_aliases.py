@@ -101,6 +101,7 @@ ALIASES = (
     Alias(
         (
             *("enable-auto-tool-choice", "enable-chunked-prefill", "enable-metrics", "trust-remote-code"),
+            *("enable-memory-saver", "enable-sleep-mode", "enable-weights-cpu-backup"),
             *("per-request-spec-decode-metrics", "enable-prompt-tokens-details", "language-model-only"),
         ),
         None,

@@ -1,14 +1,20 @@
-"""The engine without HTTP: `LLM.generate` and `LLM.stream`. Needs neither FastAPI nor ZeroMQ."""
+"""The engine without HTTP: `LLM.generate`, `LLM.stream` and `LLM.update_weights`. Needs neither FastAPI nor ZeroMQ."""
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+from torch import Tensor
 
 from server import errors
 from server.config import EngineConfig
+from server.control import BeginUpdate, CommitUpdate, UpdateWeights, WeightSource
 from server.engine import Engine
 from server.errors import InvalidRequest, TandemError
 from server.messages import (
@@ -104,6 +110,27 @@ class LLM:
         Streams may be read in turns, and `generate` called meanwhile. Arguments and errors are those of `generate`.
         """
         yield from self._run(self._submit([prompt], [params], priority, timeout, cache_salt))
+
+    def update_weights(self, weights: str | Path | Mapping[str, Tensor], version: str | None = None) -> None:
+        """Serve with other weights of the same model from now on: a checkpoint directory's or safetensors file's, or
+        tensors by checkpoint name, as `version` (None: counted on). Streams go on with them.
+
+        Raises InvalidRequest for weights that do not fit, and Conflict; the old ones serve on then.
+        """
+        if isinstance(weights, Mapping):
+            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+            source = WeightSource("inline", data=(safetensors.torch.save(whole),))
+        else:
+            source = WeightSource("disk", path=str(weights))
+        name = f"llm-{next(self._request_ids)}"
+        self.engine.control(UpdateWeights(name, source, BeginUpdate(name), CommitUpdate(name, version)))
+        while not (done := self.engine.take_done()):
+            if self.engine.has_work():
+                self._step()
+            else:
+                time.sleep(self.engine.patience)
+        if done[0].error:
+            raise getattr(errors, done[0].kind)(done[0].error)
 
     def _submit(
         self,

@@ -7,6 +7,7 @@ ids, never text (stop strings ride along for the side that detokenises). No torc
 import math
 from dataclasses import dataclass, field
 
+from server.control import Control, Done
 from server.errors import InvalidRequest
 
 FINISH_STOP = "stop"
@@ -18,6 +19,7 @@ GREEDY_TEMPERATURE = 1e-5
 MAX_STOP_TOKEN_IDS, MAX_BIASES = 256, 1024
 # Grammars larger than this take a compiler seconds; the other two bound what is looked at for every token.
 MAX_CONSTRAINT_CHARS, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 256 * 1024, 1024, 64
+LOGPROBS_MODES = RAW_LOGPROBS, PROCESSED_LOGPROBS = ("raw_logprobs", "processed_logprobs")
 CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -71,9 +73,11 @@ class SamplingParams:
     Order of the transforms on float32 logits: `constraint`, `allowed_token_ids` (empty: all) and `bad_words` (sequences
     of tokens whose last one may not follow the others) mask, min_tokens mask, logit_bias, repetition then frequency and
     presence penalty, temperature, min_p, top_k, top_p. A `temperature` below 1e-5 is greedy. `top_k` 0 is off.
-    `logprobs` None is off, 0 reports the sampled token only, n adds the n best; they are raw log-softmax values, before
-    every transform. `prompt_logprobs` asks the same of the prompt's tokens, from the second on; with `max_tokens` 0 the
-    request ends there, without a token. After `thinking_budget` tokens without `think_end_id` the next one is
+    `logprobs` None is off, 0 reports the sampled token only, n adds the n best. With `logprobs_mode` raw_logprobs they
+    are log-softmax values before every transform, with processed_logprobs behind all of them: of the logits from which
+    the token is drawn, -inf for what masks and filters leave out (a greedy request: at temperature 1, without filters).
+    `prompt_logprobs` asks for raw ones of the prompt's tokens, from the second on; with `max_tokens` 0 the request ends
+    there, without a token. After `thinking_budget` tokens without `think_end_id` the next one is
     `think_end_id`. `max_draft` bounds the drafts per step, 0 is plain decoding, None leaves it to the server; it
     changes speed only. `seed` None draws a fresh seed; a seeded request gives the same tokens alone, in any batch and
     with any mtp_step.
@@ -96,6 +100,7 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = None
     logprobs: int | None = None
+    logprobs_mode: str = RAW_LOGPROBS
     prompt_logprobs: int | None = None
     max_draft: int | None = None
     constraint: Constraint | None = None
@@ -110,6 +115,11 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
+    def wants_processed(self) -> bool:
+        """Its log-probabilities are of the law that its tokens are drawn from."""
+        return self.logprobs is not None and self.logprobs_mode == PROCESSED_LOGPROBS
+
+    @property
     def is_masked(self) -> bool:
         """Which tokens may come next depends on more than the logits, and only the host knows."""
         return bool(self.constraint or self.allowed_token_ids or self.bad_words or self.thinking_budget is not None)
@@ -120,6 +130,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InvalidRequest(f"{name} is {value}, the range is {low}..{high}", name)
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            modes = " or ".join(LOGPROBS_MODES)
+            raise InvalidRequest(f"logprobs_mode is {self.logprobs_mode!r}, it must be {modes}", "logprobs_mode")
         for name, limit in (("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_BIASES)):
             if len(getattr(self, name)) > limit:
                 raise InvalidRequest(f"{name} has {len(getattr(self, name))} entries, the limit is {limit}", name)
@@ -180,7 +193,7 @@ class Abort:
     request_id: str
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that takes four times as long to make, and there is one per token
 class TokenLogprobs:
     """Log-probabilities at one position: its token's, and the best alternatives, best first. `rank` is one more than
     the number of tokens that were likelier."""
@@ -243,6 +256,9 @@ class EngineStats:
     of verify steps that were run on d drafts. The gains are tokens per second over plain decoding, as the planner
     expects and as it turned out; 1.0 without speculation. `cache_misses` counts admitted requests by reason;
     `num_cached_tokens` of `num_prompt_tokens` were reused. `faults` counts what self-diagnosis found, by kind.
+    All outputs of a report were made by `weight_version`. The draft head's weights came with `mtp_weight_version`; it
+    is `mtp_stale` where the target has changed since. `drafts_by_version` has the drafts proposed and accepted per
+    position under each of the newest versions, in their order.
     """
 
     num_running: int = 0
@@ -274,6 +290,12 @@ class EngineStats:
     num_host_refused: int = 0
     num_timeouts: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    weight_version: str = "default"
+    mtp_weight_version: str = "default"
+    mtp_stale: bool = False
+    is_paused: bool = False
+    num_weight_updates: int = 0
+    drafts_by_version: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -298,11 +320,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class StepReport:
-    """engine -> api: everything one engine step has to say."""
+    """engine -> api: everything one engine step has to say; commands that are `done` were so after the outputs."""
 
     outputs: list[TokenOutput]
     failed: list[Failed]
     stats: EngineStats
+    done: list[Done] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -312,5 +335,5 @@ class Fatal:
     message: str
 
 
-Request = Generate | Abort
+Request = Generate | Abort | Control
 Reply = Ready | StepReport | Fatal

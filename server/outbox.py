@@ -41,8 +41,8 @@ class _Held:
 
 
 class Outbox:
-    """Passes outputs on; those of requests that are `told_whole` with their first token, every KEEP_SECONDS, and at
-    their end."""
+    """Passes outputs on; those of requests that are `told_whole` with their first token, every KEEP_SECONDS, at their
+    end, and when asked for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -61,12 +61,14 @@ class Outbox:
         elif isinstance(request, Abort):
             self._held.pop(request.request_id, None)
 
-    def collect(self, outputs: Iterable[TokenOutput], failed: Iterable[Failed]) -> list[TokenOutput]:
-        """What is to be sent after a step that gave these."""
+    def collect(
+        self, outputs: Iterable[TokenOutput], failed: Iterable[Failed], tells_all: bool = False
+    ) -> list[TokenOutput]:
+        """What is to be sent after a step that gave these; if it `tells_all`, nothing is kept back."""
         for failure in failed:
             self._held.pop(failure.request_id, None)
         sent = [ready for output in outputs if (ready := self._put(output)) is not None]
-        if self.is_due:
+        if self.is_due or tells_all:
             self._sent_at = self._clock()
             sent += [held.take() for held in self._held.values() if held.outputs]
         return sent

@@ -232,6 +232,11 @@ class Batch:
         """What some request of this pass may emit depends on more than the logits."""
         return any(work.request.matcher is not None for work in self.works)
 
+    @cached_property
+    def wants_processed(self) -> bool:
+        """Some request of this pass wants log-probabilities of logits that no decode graph writes down."""
+        return any(work.sampling.wants_processed for work in self.works)
+
     @property
     def ends_any_prompt(self) -> bool:
         """Some request of this pass gets a token."""

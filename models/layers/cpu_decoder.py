@@ -52,8 +52,12 @@ class CpuDecoder:
         """Guesses [B, D] of a draft head with one layer: see Decoder.propose."""
         return self._packed().propose(token_ids, _memory(forward), forward.decoder_place, hidden, chain)
 
+    def forget(self) -> None:
+        """Weights may lie elsewhere at the next pass, if not all of them."""
+        self._decoder = None
+
     def _packed(self) -> Decoder:
-        """Made at the first pass, and again when the module has moved to other memory."""
+        """Made at the first pass, and again when the module has moved to other memory: all of it, or see `forget`."""
         scale, front = self._norm.scale, self._front()
         embedding = front["embedding"]
         memory = embedding.words if isinstance(embedding, QuantizedWeight) else embedding

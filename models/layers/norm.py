@@ -10,12 +10,18 @@ from models.weight_slot import WeightSlot
 
 
 class RMSNorm(nn.Module):
-    """x [..., size] -> the same shape. The scale 1 + w stays in float32 or wider: bf16 would lose bits of a small w."""
+    """x [..., size] -> the same shape. The scale 1 + w stays in float32 or wider: bf16 would lose bits of a small w.
+
+    The w that was loaded is kept beside it, for exports that give back what came.
+    """
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype):
         super().__init__()
         self.eps = eps
-        self.scale = nn.Parameter(torch.ones(size, dtype=torch.promote_types(dtype, torch.float32)))
+        wide = torch.promote_types(dtype, torch.float32)
+        self.scale = nn.Parameter(torch.ones(size, dtype=wide))
+        self.checkpoint_weight: Tensor
+        self.register_buffer("checkpoint_weight", torch.zeros(size, dtype=wide), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale, self.eps)
@@ -25,4 +31,4 @@ class RMSNorm(nn.Module):
         return (self(x), x) if delta is None else add_rms_norm(x, delta, self.scale, self.eps)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        yield WeightSlot(f"{prefix}.weight", self.scale, shift=1.0)
+        yield WeightSlot(f"{prefix}.weight", self.scale, shift=1.0, unshifted=self.checkpoint_weight)

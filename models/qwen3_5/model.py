@@ -124,6 +124,10 @@ class Qwen35(nn.Module):
         logits = [linear(part, weight) for part in parts]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    def forget_addresses(self) -> None:
+        """Weights may lie elsewhere at the next pass."""
+        self._cpu_decoder.forget()
+
     def kernel_front(self) -> dict[str, Weight]:
         """What stands before the layers, by the names of kernels/cpu/decoder.py."""
         return {"embedding": self.embed_tokens.weight}

@@ -121,6 +121,11 @@ class Qwen35MTP(nn.Module):
         forward = ForwardBatch.whole_sequences(next_ids)
         return self(next_ids.flatten(), hidden.flatten(0, 1), forward, layer).unflatten(0, next_ids.shape)
 
+    def forget_addresses(self) -> None:
+        """Weights, the target's too, may lie elsewhere at the next pass."""
+        for decoder in self._cpu_decoders:
+            decoder.forget()
+
     def kernel_front(self) -> dict[str, Weight]:
         """What stands before the layers, by the names of kernels/cpu/decoder.py."""
         norms = {"embedding_norm": self.pre_fc_norm_embedding.scale, "hidden_norm": self.pre_fc_norm_hidden.scale}

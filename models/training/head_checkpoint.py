@@ -147,11 +147,8 @@ def _merge(stored: FileTensor, slot: WeightSlot) -> Tensor:
     """The slot's values in the stored dtype; the stored ones where these come out of the model as they went in."""
     dtype = FLOAT_TYPES[stored.dtype]
     old = torch.cat([values for _, values in stored.row_blocks()])
-    loaded = old.to(slot.param.dtype)
-    if slot.shift:
-        loaded = (loaded + slot.shift) - slot.shift
     new = slot.export().cpu()
-    return torch.where(new == loaded, old, new.to(dtype))
+    return torch.where(new == old.to(slot.param.dtype), old, new.to(dtype))
 
 
 def _extend_header(header: bytes, tensors: Mapping[str, Tensor], end: int) -> bytes:

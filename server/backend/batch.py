@@ -21,7 +21,8 @@ def update_table(batch: Batch, table: RequestTable) -> None:
 def build_forward_batch(batch: Batch, table: RequestTable) -> ForwardBatch:
     """Gather what the device already knows: a verify batch takes its tokens and lengths from the table, a prefill batch
     brings its tokens from the host."""
-    view = table.view([work.row for work in batch.works], batch.is_verify)
+    num_pages = max(work.first_page + len(work.pages) for work in batch.works)
+    view = table.view([work.row for work in batch.works], batch.is_verify, num_pages)
     counts = tuple(work.num_tokens for work in batch.works)
     if batch.is_verify:
         token_ids, where = _gather_windows(table.next_ids[view.row_ids], view.start_lens, counts)

@@ -36,21 +36,34 @@ class DecodeGraphs:
         self._rows = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._widths = torch.ones(max_batch, dtype=torch.int64, device=device)
         self._graphs: dict[tuple[int, int, int], tuple[Callable[[], None], Sampled]] = {}
-        self._capture = capture or CudaCapture()
+        self._given_capture = capture
+        self.num_bytes = 0
 
     def capture(self) -> None:
         """Make all graphs, the largest first, whose memory the others share. Raises ConfigError when it runs out."""
-        start, keys = time.perf_counter(), self._keys()
+        start, keys, capture = time.perf_counter(), self._keys(), self._given_capture or CudaCapture()
         for size, num_tokens, num_drafts in tqdm(keys, desc="Capturing decode steps", unit="graph"):
             rows, widths = self._rows[:size], self._widths[:size]
             part = f"the decode graph of {size} requests with {num_tokens} rows each"
             logits_bytes = size * num_tokens * self.step.table.vocab_size * self.step.target.lm_head.weight.itemsize
             with within_memory(part, logits_bytes, "lower --cuda-graph-max-bs or --mem-fraction-static"):
                 step = partial(self.step, rows, widths, num_tokens, num_drafts)
-                self._graphs[size, num_tokens, num_drafts] = self._capture(step)
-        num_bytes = getattr(self._capture, "num_bytes", 0)
+                self._graphs[size, num_tokens, num_drafts] = capture(step)
+        self.num_bytes = getattr(capture, "num_bytes", 0)
         seconds = time.perf_counter() - start
-        logger.info("captured %d decode graphs in %.1f s, %.1f MiB", len(keys), seconds, num_bytes / MIB)
+        logger.info("captured %d decode graphs in %.1f s, %.1f MiB", len(keys), seconds, self.num_bytes / MIB)
+
+    def release(self) -> int:
+        """Forget all graphs, which know where weights and caches lie, and give back what a step keeps."""
+        num_bytes, self.num_bytes = self.num_bytes, 0
+        self._graphs.clear()
+        return num_bytes + self.step.release()
+
+    def restore(self) -> int:
+        """Make them again. Raises ConfigError when memory runs out; `restore` may then be called again."""
+        num_bytes = self.step.restore()
+        self.capture()
+        return num_bytes + self.num_bytes
 
     def _keys(self) -> list[tuple[int, int, int]]:
         return [

@@ -17,6 +17,7 @@ from kernels.speculative import roll_next_ids
 from models.forward_batch import ForwardBatch, to_device
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
+from server.backend.device import within_memory
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampled
 from server.request import Batch
@@ -59,6 +60,18 @@ class DecodeStep:
             self._propose(self.draft, hidden, token_ids, last, forward, num_drafts)
         by_request, finite = token_ids.view(batch, -1), is_finite.view(batch, -1).all(1)
         return Sampled(by_request, accept_lens, match_lens, token_ids, logits, finite, [num_tokens] * batch)
+
+    def release(self) -> int:
+        """Give back the memory that a step keeps; returns its bytes."""
+        num_bytes = self._logits.nbytes
+        self._logits.untyped_storage().resize_(0)
+        return num_bytes
+
+    def restore(self) -> int:
+        """Take it again. Raises ConfigError when there is none."""
+        with within_memory("the logits of decode steps", self._logits.nbytes, "free the GPU of other processes"):
+            self._logits.untyped_storage().resize_(self._logits.nbytes)
+        return self._logits.nbytes
 
     def _compute_logits(self, hidden: Tensor) -> Tensor:
         """In memory of their own, shared by all graphs, because log-probabilities are taken from them afterwards."""

@@ -1,8 +1,10 @@
 """Where a checkpoint can run, and with whose kernels. Every refusal is one line that says what would work."""
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +17,27 @@ from server.errors import ConfigError
 # bfloat16 arithmetic begins with Ampere.
 LEAST_CAPABILITY = (8, 0)
 MIB = 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class OtherKernels(NamedTuple):
+    """Attention kernels that are none of ours: their name, the compute capabilities that they are made for, from
+    `least` to `most`, and what GPUs these are."""
+
+    title: str
+    least: tuple[int, int]
+    most: tuple[int, int]
+    gpus: str
+
+
+# By the values of --attention-backend. Who asks for them gets Triton's wherever their own would run.
+OTHER_ATTENTION = {
+    "fa2": OtherKernels("FlashAttention 2", LEAST_CAPABILITY, (99, 9), "8.0 and more"),
+    "flash_attn": OtherKernels("FlashAttention 2", LEAST_CAPABILITY, (99, 9), "8.0 and more"),
+    "fa3": OtherKernels("FlashAttention 3", (9, 0), (9, 0), "9.0 (Hopper)"),
+    "trtllm_mha": OtherKernels("TensorRT-LLM", (10, 0), (10, 9), "10.x (Blackwell of data centers)"),
+}
 
 
 def choose_device(name: str) -> str:
@@ -85,6 +108,8 @@ def choose_backends(
     names, chosen = {"triton": "Triton", "flashinfer": "FlashInfer"}, {}
     for flag in ("attention", "gdn"):
         asked = getattr(config, f"{flag}_backend")
+        if flag == "attention":
+            asked = choose_attention(asked, capability)
         if asked in names and not can_run:
             where = f"{names[asked]}'s kernels do not run on the {device}"
             reason = "float64 is torch's alone" if device == "cuda" else where
@@ -98,6 +123,23 @@ def choose_backends(
             )
         chosen[flag] = "torch" if not can_run else "triton" if asked == "auto" else asked
     return Backends(**chosen)
+
+
+def choose_attention(asked: str, capability: tuple[int, int] | None) -> str:
+    """The value of --attention-backend by our own name: auto, triton, flashinfer or torch. `capability` is None without
+    a GPU. Raises ConfigError for other kernels than ours where these would not run either."""
+    if asked == "torch_native":
+        return "torch"
+    if (other := OTHER_ATTENTION.get(asked)) is None:
+        return asked
+    if capability is None or not other.least <= capability <= other.most:
+        seen = "there is no GPU" if capability is None else "the GPU's is {}.{}".format(*capability)
+        raise ConfigError(
+            f"--attention-backend is {asked}, {other.title}'s kernels are for compute capability {other.gpus}, and "
+            f"{seen}: use --attention-backend auto"
+        )
+    logger.warning("--attention-backend is %s: Triton's kernels serve in place of %s's", asked, other.title)
+    return "triton"
 
 
 def _serves_heads(head_dim: int) -> bool:

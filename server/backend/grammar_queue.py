@@ -1,6 +1,7 @@
 """Where requests wait for their grammar to be compiled, before the scheduler hears of them."""
 
 import concurrent.futures
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from server.backend.grammar_compiler import GrammarCompiler, Matcher
@@ -22,6 +23,19 @@ class GrammarQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __iter__(self) -> Iterator[str]:
+        """Their ids."""
+        return iter(self._waiting)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._waiting
+
+    def clear(self) -> list[Request]:
+        """Give them all up."""
+        requests = [request for request, _ in self._waiting.values()]
+        self._waiting.clear()
+        return requests
 
     def add(self, request: Request) -> None:
         """Take a request whose output is masked."""

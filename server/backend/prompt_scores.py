@@ -7,7 +7,7 @@ chunk, and chunk borders leave no gap. N tokens of the pass, H hidden size, V vo
 import torch
 from torch import Tensor
 
-from kernels.sampling import compute_logprobs, compute_ranks
+from kernels.sampling import Logprobs, compute_logprobs
 from models.forward_batch import to_device
 from models.qwen3_5.model import Qwen35
 from server.backend.lane import Readback
@@ -45,6 +45,5 @@ def score_prompts(target: Qwen35, table: RequestTable, hidden: Tensor, batch: Ba
     return PassLogprobs(num_tops, spans, Readback(*(torch.cat(column) for column in zip(*parts, strict=True))))
 
 
-def _score(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return *compute_logprobs(logits, token_ids, num_top), compute_ranks(logits, token_ids)
+def _score(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    return compute_logprobs(logits.to(torch.promote_types(logits.dtype, torch.float32)), token_ids, num_top)

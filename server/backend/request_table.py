@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sampling import PenaltyTable, count_outputs
 from models.cache import Cache
 from models.forward_batch import CacheView, ForwardBatch, to_device
 from server.messages import MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
@@ -143,11 +144,14 @@ class RequestTable:
         """Add the emitted tokens to the penalty counts of `rows`: of token_ids [B, T] the first accept_lens [B] of the
         requests `which`."""
         assert self.output_counts is not None
-        chosen = to_device(which, self.device)
-        token_ids, accept_lens = token_ids[chosen], accept_lens[chosen]
-        is_emitted = torch.arange(token_ids.shape[1], device=token_ids.device) < accept_lens[:, None]
-        flat = to_device(rows, self.device)[:, None] * self.vocab_size + token_ids
-        self.output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
+        places = to_device(rows, self.device), to_device(which, self.device)
+        count_outputs(self.output_counts, *places, token_ids, accept_lens)
+
+    @property
+    def penalties(self) -> PenaltyTable:
+        """What penalties are made of, once there has been a penalised request."""
+        assert self.output_counts is not None and self.in_prompt is not None
+        return PenaltyTable(self._scales[:, 3:], self.output_counts, self.in_prompt)
 
     def _count_known_tokens(self, work: Work) -> None:
         row, request = work.row, work.request
@@ -165,18 +169,23 @@ class RequestTable:
             self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self.in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
 
-    def view(self, rows: list[int], is_verify: bool) -> CacheView:
-        """The cache as a pass over `rows` sees it."""
-        return self.view_rows(to_device(rows, self.device), is_verify, tuple(rows))
+    def view(self, rows: list[int], is_verify: bool, num_pages: int) -> CacheView:
+        """The cache as a pass over `rows` sees it; none of them has more than `num_pages` pages."""
+        # Drafts that nobody can use any more may lie behind a request's last page: on the padding page.
+        width = num_pages + -(-self.next_ids.shape[1] // self.cache.kv.page_size)
+        return self.view_rows(to_device(rows, self.device), is_verify, tuple(rows), width)
 
-    def view_rows(self, ids: Tensor, is_verify: bool, rows: tuple[int, ...] = ()) -> CacheView:
-        """`view` of rows [B] int64 that stand on the device, where the host need not know them."""
+    def view_rows(
+        self, ids: Tensor, is_verify: bool, rows: tuple[int, ...] = (), width: int | None = None
+    ) -> CacheView:
+        """`view` of rows [B] int64 that stand on the device, where the host need not know them; the page tables as far
+        as `width`, if given."""
         return CacheView(
             cache=self.cache,
             rows=rows,
             start_lens=self.seq_len[ids],
             accept_lens=self.accept_len[ids],
-            page_table=self.page_table[ids],
+            page_table=self.page_table[:, :width][ids],
             is_verify=is_verify,
             row_ids=ids,
         )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,8 @@ from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
 from models.registry import build
 from models.stop_ids import read_added_ids, read_stop_ids, read_turn_ids
-from models.weights import fill_randomly, load_weights
+from models.weight_store import WeightStore
+from models.weights import fill_randomly
 from server.backend.cache_mover import CacheMover
 from server.backend.device import check_quantization, choose_backends, choose_device, within_memory
 from server.backend.drafter import Drafter, choose_vocabulary
@@ -30,6 +31,7 @@ from server.backend.memory_plan import (
     measure_sizes,
     plan_memory,
 )
+from server.backend.memory_release import ReleasedMemory
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampled, Sampler
 from server.config import EngineConfig
@@ -51,13 +53,18 @@ class Decode(Protocol):
 
     def run(self, batch: Batch) -> Sampled: ...
 
+    def release(self) -> int: ...
+
+    def restore(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Runner:
-    """Target, table, sampler, cache mover, and with mtp_step > 0 the drafter; `decode` runs whole decode steps where
-    there are kernels for that. `eos_ids` end a request, `turn_ids` begin a turn of a chat. `overlaps`: steps run beside
-    the host's work.
-    A state may be off by `state_tolerance` of its size because prefill and decode round differently."""
+    """Target and draft with their `store`, table, sampler, cache mover, with mtp_step > 0 the drafter; `decode` runs
+    whole decode steps where there are kernels for that. `eos_ids` end a request, `turn_ids` begin a turn of a chat.
+    `overlaps`: steps run beside the host's work.
+    A state may be off by `state_tolerance` of its size because prefill and decode round differently. `released` says
+    what of the memory is given back."""
 
     target: Qwen35
     draft: Qwen35MTP | None
@@ -71,6 +78,8 @@ class Runner:
     turn_ids: frozenset[int]
     overlaps: bool
     state_tolerance: float
+    store: WeightStore
+    released: ReleasedMemory = field(default_factory=ReleasedMemory)
 
 
 def build_runner(config: EngineConfig) -> Runner:
@@ -88,10 +97,11 @@ def build_runner(config: EngineConfig) -> Runner:
         with within_memory("weights", num_bytes, "serve a smaller checkpoint, or free the GPU of other processes"):
             mtp, quantization = config.mtp_step > 0, config.quantization
             target, draft = build(model_config, mtp, dtype=dtype, device=device, quantization=quantization)
+            store = WeightStore(target, draft, quantization != "none")
             if config.load_format == "dummy":
                 fill_randomly(target, draft)
             else:
-                load_weights(Path(config.model), target, draft)
+                store.load(Path(config.model))
         eos_ids = tuple(stop_id for stop_id in read_stop_ids(config.model) if stop_id < model_config.vocab_size)
         turn_ids = read_turn_ids(config.model)
         if draft is not None:
@@ -121,6 +131,7 @@ def build_runner(config: EngineConfig) -> Runner:
     return Runner(
         *(target, draft, table, sampler, mover, drafter, decode, plan, eos_ids, turn_ids, overlaps),
         STATE_TOLERANCES[dtype],
+        store,
     )
 
 
@@ -186,7 +197,8 @@ def warm_up_prefill(target: Qwen35, draft: Qwen35MTP | None, table: RequestTable
     count = min(_WARM_UP_LEN, table.page_table.shape[1] * table.cache.kv.page_size)
     positions = torch.arange(count, device=table.device)
     token_ids = positions % table.vocab_size
-    forward = ForwardBatch(token_ids, positions, (count,), replace(table.view([1], is_verify=False), host_starts=(0,)))
+    view = table.view([1], is_verify=False, num_pages=table.page_table.shape[1])
+    forward = ForwardBatch(token_ids, positions, (count,), replace(view, host_starts=(0,)))
     hidden = target(forward)
     if draft is not None:
         for layer in range(draft.num_layers):

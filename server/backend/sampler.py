@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw
+from kernels.sampling import compute_logprobs, draw, penalise, process
 from kernels.speculative import accept
 from models.forward_batch import ForwardBatch, to_device
 from server.backend.batch import last_indices
@@ -30,7 +30,7 @@ class Sampled:
 
     match_lens [B] are the same before they are cut at the request's end. next_ids [N] are the tokens again, row by row:
     request i has widths[i] rows (after prefill one). `logits` [N, V] are the raw ones, and is_finite [B] says that all
-    of a request's are numbers.
+    of a request's are numbers. `ruled` [N, V] are those after masks and rules, None where they were never written.
     """
 
     token_ids: Tensor
@@ -40,6 +40,7 @@ class Sampled:
     logits: Tensor
     is_finite: Tensor
     widths: Sequence[int]
+    ruled: Tensor | None = None
 
 
 class Sampler:
@@ -54,55 +55,62 @@ class Sampler:
         masked = logits if masks is None else masks.apply(logits)
         if batch.is_verify:
             return self._sample_windows(logits, masked, forward, batch)
-        token_ids = self.draw(masked, batch.works, forward.positions[last_indices(forward)] + 1)
+        positions = forward.positions[last_indices(forward)] + 1
+        if self.table.rules is None or batch.wants_processed:
+            token_ids, ruled = self._draw_by_law(masked, batch.works, positions)
+        else:
+            token_ids, ruled = self.draw(masked, batch.works, positions), None
         ends = to_device([int(work.ends_prompt) for work in batch.works], logits.device)
-        return Sampled(token_ids[:, None], ends, ends, token_ids, logits, _is_finite(logits), [1] * len(ends))
+        is_finite = _is_finite(logits)
+        return Sampled(token_ids[:, None], ends, ends, token_ids, logits, is_finite, [1] * len(ends), ruled)
 
     def _sample_windows(self, logits: Tensor, masked: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         view, widths, window = forward.view, forward.query_lens, forward.token_ids
         assert view is not None
-        next_ids = self.draw(masked, batch.works, forward.positions + 1, widths, window)
+        next_ids, ruled = self._draw_by_law(masked, batch.works, forward.positions + 1, widths, window)
         is_finite = _is_finite(logits)
         if max(widths) == 1:
             ones = torch.ones_like(next_ids)
-            return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite, widths)
+            return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite, widths, ruled)
         ids, match_lens, accept_lens = accept(
             next_ids, window, widths, *self.table.read_ends(view.row_ids, view.start_lens)
         )
         is_finite = torch.stack([part.all() for part in is_finite.split(list(widths))])
-        return Sampled(ids, accept_lens, match_lens, next_ids, logits, is_finite, widths)
+        return Sampled(ids, accept_lens, match_lens, next_ids, logits, is_finite, widths, ruled)
 
-    def draw(
+    def draw(self, logits: Tensor, works: Sequence[Work], positions: Tensor, widths: Sequence[int] = ()) -> Tensor:
+        """Tokens [N] for logits [N, V] at absolute positions [N], of which each work has widths[i] (one, if not
+        given)."""
+        if self.table.rules is None or all(_is_plain_greedy(work.sampling) for work in works):
+            return self._draw_by_law(logits, works, positions, widths)[0]
+        rows = _rows_of(works, _spans(widths or [1] * len(works)), logits.device)
+        return self._draw_by_table(logits, rows, positions)
+
+    def _draw_by_law(
         self,
         logits: Tensor,
         works: Sequence[Work],
         positions: Tensor,
         widths: Sequence[int] = (),
         window: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens [N] for logits [N, V] at absolute positions [N], of which each work has widths[i] (one, if not given).
+    ) -> tuple[Tensor, Tensor]:
+        """`draw`, and the logits [N, V] after all rules.
 
         window [N] are the tokens that the rows were run on: of each work the newest committed one, then drafts, which
         penalties count.
         """
         if all(_is_plain_greedy(work.sampling) for work in works):
-            return logits.argmax(-1)
+            return logits.argmax(-1), logits
         spans = _spans(widths or [1] * len(works))
-        rows = to_device([work.row for work, span in zip(works, spans, strict=True) for _ in span], logits.device)
-        if window is None and self.table.rules is not None:
-            return self._draw_by_table(logits, rows, positions)
+        rows = _rows_of(works, spans, logits.device)
         if any(has_rules(work.sampling) for work in works):
-            logits = self._apply_rules(logits.clone(), works, spans, rows, positions, window)
+            logits = self._apply_rules(logits, works, spans, rows, positions, window)
+        return draw(logits, *self._read_law(rows), self.table.seed[rows], positions), logits
+
+    def _read_law(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """temperature, top_k, top_p and min_p [N] of the table's rows [N]."""
         table = self.table
-        return draw(
-            logits,
-            temperature=table.temperature[rows],
-            top_k=table.top_k[rows],
-            top_p=table.top_p[rows],
-            min_p=table.min_p[rows],
-            seeds=table.seed[rows],
-            positions=positions,
-        )
+        return table.temperature[rows], table.top_k[rows], table.top_p[rows], table.min_p[rows]
 
     def _draw_by_table(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """`draw` of one token for each of the table's rows [N], without a word from the host."""
@@ -112,21 +120,29 @@ class Sampler:
         return draw_triton(logits, sampling_table(self.table), rows, positions, None, 1)[0]
 
     def logprobs(self, sampled: Sampled, batch: Batch) -> PassLogprobs | None:
-        """Raw log-probabilities of the requests that asked, on their way to the host; None if none did."""
+        """Log-probabilities for the requests that asked, on their way to the host; None if none did."""
         num_tops = [work.sampling.logprobs for work in batch.works]
-        if all(num_top is None for num_top in num_tops):
+        asked = [num_top for num_top in num_tops if num_top is not None]
+        if not asked:
             return None
-        most = min(max(num_top or 0 for num_top in num_tops), sampled.logits.shape[-1])
-        asked: list[int] = []
-        spans = []
-        for num_top, span in zip(num_tops, _spans(sampled.widths), strict=True):
-            spans.append(range(len(asked), len(asked) + (0 if num_top is None else len(span))))
-            asked += [] if num_top is None else list(span)
-        rows = to_device(asked, sampled.logits.device)
-        logits = sampled.logits[rows].to(torch.promote_types(sampled.logits.dtype, torch.float32))
-        token_ids = sampled.next_ids[rows]
-        columns = (*compute_logprobs(logits, token_ids, most), compute_ranks(logits, token_ids))
-        return PassLogprobs(num_tops, spans, Readback(*columns))
+        logits = self._choose_logits(sampled, batch) if batch.wants_processed else sampled.logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        most, spans, places = min(max(asked), logits.shape[-1]), _spans(sampled.widths), None
+        if len(asked) < len(num_tops):
+            at = [at for num_top, span in zip(num_tops, spans, strict=True) if num_top is not None for at in span]
+            places = to_device(at, logits.device)
+            widths = [0 if num_top is None else len(span) for num_top, span in zip(num_tops, spans, strict=True)]
+            spans = _spans(widths)
+        return PassLogprobs(num_tops, spans, Readback(*compute_logprobs(logits, sampled.next_ids, most, places)))
+
+    def _choose_logits(self, sampled: Sampled, batch: Batch) -> Tensor:
+        """The processed logits for those whose log-probabilities are to be of these, the raw ones for the others: [N,
+        V]."""
+        assert sampled.ruled is not None
+        spans, device = _spans(sampled.widths), sampled.logits.device
+        processed = process(sampled.ruled, *self._read_law(_rows_of(batch.works, spans, device)))
+        wants = [work.sampling.wants_processed for work, span in zip(batch.works, spans, strict=True) for _ in span]
+        return torch.where(to_device(wants, device)[:, None], processed, sampled.logits)
 
     def _apply_rules(
         self,
@@ -137,19 +153,16 @@ class Sampler:
         positions: Tensor,
         window: Tensor | None,
     ) -> Tensor:
-        """min_tokens mask, logit_bias and penalties on logits [N, V], in place, where requests ask for them. spans: the
-        places of each work's rows; rows [N]: each place's row of the table."""
-        of_works = list(zip([work.sampling for work in works], spans, strict=True))
-        self._mask_early_stops(logits, of_works, rows, positions)
-        biases = [(at, *bias) for sampling, span in of_works for bias in sampling.logit_bias.items() for at in span]
-        if biases:
-            *where, values = zip(*biases, strict=True)
-            added = to_device(values, logits.device).to(logits.dtype)
-            logits.index_put_(_index(logits, *where), added, accumulate=True)
-        penalised = [span for sampling, span in of_works if has_penalty(sampling)]
-        if penalised:
-            (places,) = _index(logits, [at for span in penalised for at in span])
-            logits[places] = self._penalise(logits[places], rows[places], _count_drafts(penalised, window))
+        """logits [N, V] after min_tokens' mask, logit_bias and penalties, where requests ask for them; the given ones
+        stay as they are. spans: the places of each work's rows; rows [N]: each place's row of the table."""
+        samplings = [work.sampling for work in works]
+        if any(sampling.min_tokens or sampling.logit_bias for sampling in samplings):
+            logits = logits.clone()
+            of_works = list(zip(samplings, spans, strict=True))
+            self._mask_early_stops(logits, of_works, rows, positions)
+            _add_biases(logits, of_works)
+        if any(map(has_penalty, samplings)):
+            logits = penalise(logits, rows, self.table.penalties, window)
         return logits
 
     def _mask_early_stops(
@@ -168,28 +181,19 @@ class Sampler:
         where = _index(logits, *zip(*stops, strict=True))
         logits[where] = logits[where].masked_fill(is_early[where[0]], -torch.inf)
 
-    def _penalise(self, logits: Tensor, rows: Tensor, drafts: tuple[Tensor, Tensor] | None) -> Tensor:
-        """logits [n, V] of the table's rows [n]: each counts the committed output and the drafts before it, which are
-        given as pairs of (index in n, token)."""
-        table = self.table
-        assert table.output_counts is not None and table.in_prompt is not None
-        counts = table.output_counts[rows]
-        if drafts is not None:
-            counts.index_put_(drafts, torch.ones_like(drafts[0], dtype=counts.dtype), accumulate=True)
-        penalties = (column[rows].to(logits.dtype) for column in (table.repetition, table.frequency, table.presence))
-        return apply_penalties(logits, counts, table.in_prompt[rows], *penalties)
+
+def _add_biases(logits: Tensor, of_works: list[tuple[SamplingParams, range]]) -> None:
+    """To logits [N, V] in place, what the works ask for in the rows that are theirs."""
+    biases = [(at, *bias) for sampling, span in of_works for bias in sampling.logit_bias.items() for at in span]
+    if biases:
+        *where, values = zip(*biases, strict=True)
+        added = to_device(values, logits.device).to(logits.dtype)
+        logits.index_put_(_index(logits, *where), added, accumulate=True)
 
 
-def _count_drafts(spans: list[range], window: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Which drafts of window [N] stand before the rows of the spans: (index of the row among them all, token)."""
-    pairs, first = [], 0
-    for span in spans:
-        pairs += [(first + row, span[draft]) for row in range(len(span)) for draft in range(1, row + 1)]
-        first += len(span)
-    if window is None or not pairs:
-        return None
-    places, sources = _index(window, *zip(*pairs, strict=True))
-    return places, window[sources]
+def _rows_of(works: Sequence[Work], spans: list[range], device: torch.device) -> Tensor:
+    """The table's row of each place [N]."""
+    return to_device([work.row for work, span in zip(works, spans, strict=True) for _ in span], device)
 
 
 def _spans(widths: Sequence[int]) -> list[range]:

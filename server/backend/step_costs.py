@@ -90,10 +90,9 @@ def _batch_sizes(most: int) -> Iterator[int]:
 def _make_batch(batch_size: int, width: int, num_drafts: int) -> Batch:
     message = Generate("cost", [0], SamplingParams(temperature=0))
     request = Request.create(message, (), max_model_len=2**31)
-    works = [
-        Work(request=request, row=row, num_tokens=width, num_drafts=num_drafts) for row in range(1, batch_size + 1)
-    ]
-    return Batch(works, is_verify=True)
+    # As many pages as tokens: enough for any page size.
+    work = Work(request=request, row=1, num_tokens=width, num_drafts=num_drafts, first_page=_CONTEXT_LEN)
+    return Batch([replace(work, row=row) for row in range(1, batch_size + 1)], is_verify=True)
 
 
 def _make_mixed_batch(batch_size: int, can_idle: bool) -> Batch:

@@ -239,6 +239,12 @@ class Planner:
         self._idle_requests = [] if any(depths) else list(requests)
         return self._count(self._promise(self._costs, survivals, depths))
 
+    def forget(self) -> None:
+        """The weights are others now: what was accepted says nothing of what will be, and is soon learned anew. The
+        requests' states are the caller's to renew."""
+        self.server_acceptance = [FIRST_ACCEPTANCE] * self.mtp_step
+        self._probe_budget, self._idle_requests, self._num_repeated = 0.0, [], 0
+
     def _may_repeat(self, requests: Sequence[SpeculationState]) -> bool:
         """Where nobody drafts nothing is learned: most plans for the same requests are the last one again."""
         if requests != self._idle_requests or not requests or self._num_repeated == _MAX_REPEATED:

@@ -1,4 +1,4 @@
-"""Who runs next: admission, prefix reuse, chunked prefill, page reservation, preemption. Policy on the host, no torch.
+"""What runs next: chunked prefill, verify steps and their drafts, and the books of both. Policy on the host, no torch.
 
 One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt). A step
 is planned before the results of the last one are known: lengths are upper bounds, a request whose end the host has not
@@ -10,48 +10,27 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from server.cache_ops import CacheOp, ClearPage
 from server.config import MAX_MTP_STEP, Limits
-from server.errors import ModelFailure, RequestTimeout
-from server.messages import FINISH_ABORT, Failed, TokenOutput
+from server.errors import ModelFailure
+from server.messages import Failed, TokenOutput
 from server.request import Batch, Outcome, Request, Step, Work
-from server.router.pages import Pool
+from server.router.admission import Admission, service_order
 from server.router.planner import Planner, SpeculationState
-from server.router.prefix_cache import MIN_CHECKPOINT_GAP, Holding, Match, PrefixCache, choose_cuts
 from server.router.watchdog import Watchdog
 
 # Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request goes on
 # without drafts.
 MAX_REFUSED_STEPS = 64
-# Waiting requests that one step passes over because they cannot be admitted yet.
-_MAX_PASSED_OVER = 64
 _MIN_CHUNK = 16
 
 log = logging.getLogger("tandem.engine")
 
 
-@dataclass
-class Counters:
-    """Totals since start. Drafts behind the token that ends a request are not judged, so they do not count."""
-
-    num_verify_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    num_proposed: int = 0
-    num_accepted: int = 0
-    num_timeouts: int = 0
-    proposed_per_position: list[int] = field(default_factory=list)
-    accepted_per_position: list[int] = field(default_factory=list)
-    faults: dict[str, int] = field(default_factory=lambda: {"non_finite": 0, "zero_acceptance": 0, "divergence": 0})
-
-
-class Scheduler:
-    """Owns requests, pages and rows. The lowest `priority` is served first, then who came first; the last in this order
-    is preempted. `turn_ids` are tokens that begin a turn of a chat; `is_intact` asks the device about host entries."""
+class Scheduler(Admission):
+    """Plans passes of those who have rows, and books what came of them. `planner` chooses how many drafts they get."""
 
     def __init__(
         self,
@@ -62,38 +41,11 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         watchdog: Watchdog | None = None,
     ):
-        self.watchdog = watchdog or Watchdog(0, 0, 0.0, lambda: 0.0)
-        self.limits, self.planner, self.clock, self._turn_ids = limits, planner, clock, turn_ids
-        self.waiting: list[Request] = []  # in the order of service
-        self.running: list[Request] = []  # in the order of admission
-        self.pages = Pool(limits.num_pages)
-        self.rows = Pool(limits.max_running_requests)
-        self.cache = PrefixCache(limits, self.pages, is_intact)
-        self.holdings: dict[str, Holding] = {}  # of the running ones, by id
-        proposed, accepted = ([0] * limits.mtp_step for _ in range(2))
-        self.counters = Counters(proposed_per_position=proposed, accepted_per_position=accepted)
-        self._by_id: dict[str, Request] = {}
-        self._timed: dict[str, Request] = {}  # those with a deadline
-        self._before, self._after = list[CacheOp](), list[CacheOp]()
-        self._notices: list[TokenOutput | Failed] = []
+        super().__init__(limits, turn_ids, is_intact, clock, watchdog)
+        self.planner = planner
+        self._after = list[CacheOp]()
         self._chunk_limit = limits.chunked_prefill_size
-        self._num_arrived, self._collected_at = 0, clock()  # the last step was collected then
-
-    def add(self, request: Request) -> None:
-        """Queue a request. Its longest form fits the cache: the engine checks max_model_len against it at start."""
-        self._num_arrived += 1
-        request.arrival, request.added_at = self._num_arrived, self.clock()
-        request.speculation = SpeculationState()
-        self._by_id[request.id] = request
-        if request.deadline < math.inf:
-            self._timed[request.id] = request
-        bisect.insort(self.waiting, request, key=_order)
-
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free what it holds; an unknown id is one that has already ended."""
-        request = self._by_id.get(request_id)
-        if request is not None:
-            self._end(request, keeps_state=True)
+        self._collected_at = clock()  # the last step was collected then
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._notices or self._before)
@@ -102,20 +54,11 @@ class Scheduler:
         """Which tokens may come next is known only when those in flight are: nothing can be planned before."""
         return any(request.matcher is not None and request.widths_in_flight for request in self.running)
 
-    def flush_cache(self) -> None:
-        """The weights are others now: nothing that was computed may be reused."""
-        self.cache.flush(self._before)
-
-    def take_notices(self) -> list[TokenOutput | Failed]:
-        """Ends that no pass has brought about."""
-        notices, self._notices = self._notices, []
-        return notices
-
     def schedule(self) -> Step | None:
         """The next step; requests in it hold rows, and pages for all they may write. None if there is nothing to do."""
         self.cache.begin_step()
-        self._end_late_requests()
-        shadow = self.watchdog.begin(self.running, self._before)
+        self.end_late_requests()
+        shadow = self.watchdog.begin(filter(self._is_current, self.running), self._before)
         if shadow is not None:
             self.add(shadow)
         num_preemptions = self.counters.num_preemptions
@@ -182,24 +125,33 @@ class Scheduler:
         return request.make_output(emitted, outcome.logprobs[index][: len(emitted)], finish_reason)
 
     def _count_drafts(self, work: Work, num_emitted: int, match_len: int, has_ended: bool) -> None:
-        request, num_drafts, counters = work.request, work.num_tokens - 1, self.counters
+        request, num_drafts = work.request, work.num_tokens - 1
         num_accepted = min(num_emitted, match_len - 1)
         num_judged = min(num_emitted, num_drafts) if has_ended else num_drafts
         request.num_steps += 1
         request.num_proposed += num_judged
         request.num_accepted += num_accepted
-        counters.num_verify_steps += 1
-        counters.num_proposed += num_judged
-        counters.num_accepted += num_accepted
-        for position in range(num_judged):
-            counters.proposed_per_position[position] += 1
-            counters.accepted_per_position[position] += position < num_accepted
+        self.counters.count_drafts(num_judged, num_accepted)
         if num_judged:
             self.planner.observe(request.speculation, num_judged, num_accepted)
             request.num_refused = 0 if num_accepted else request.num_refused + 1
         if num_judged and request.num_refused == MAX_REFUSED_STEPS:
             what = f"had no draft accepted in {MAX_REFUSED_STEPS} steps"
             self._report(request, "zero_acceptance", what, is_plain=self.planner.is_adaptive)
+
+    def start_version(self) -> None:
+        """The weights are others now, nothing is in flight and the cache is flushed: drafts are dropped, and what was
+        learned of them."""
+        self.give_up_check()
+        self.planner.forget()
+        for request in self._by_id.values():
+            assert not request.widths_in_flight
+            request.is_plain &= request.num_refused < MAX_REFUSED_STEPS
+            request.num_drafts, request.num_refused, request.speculation = 0, 0, SpeculationState()
+
+    def skip_time(self) -> None:
+        """The time since the last step went to something else: it is not what the host takes between two."""
+        self._collected_at = self.clock()
 
     def _end_check(self, shadow: Request) -> None:
         self._end(shadow, keeps_state=False)
@@ -226,7 +178,7 @@ class Scheduler:
         self.flush_cache()  # what it has shared may be no better
         if not has_failed_before:
             self._leave(request, keeps_state=False)
-            bisect.insort(self.waiting, request, key=_order)
+            bisect.insort(self.waiting, request, key=service_order)
             return None
         self._end(request, keeps_state=False)
         message = "the model gave logits that are not finite, again after everything was computed anew"
@@ -325,126 +277,3 @@ class Scheduler:
             self.cache.add_checkpoint(holding, known, end, request.row, self._before, self._after)
         else:
             self.cache.extend(holding, known, end)
-
-    # Rows and pages.
-
-    def _reserve_decode_pages(self) -> None:
-        """Give every decoding request the pages it may write, first served first; the last one pays if there are
-        none."""
-        for request in sorted(self.running, key=_order):
-            if request.row is None or not request.is_decoding:
-                continue
-            holding = self.holdings[request.id]
-            needed = self.limits.pages_for(request.longest_len) - holding.num_pages
-            while needed > 0 and request.row is not None and not self.cache.free_pages(needed, self._before):
-                self._preempt(max(self.running, key=_order))
-            if request.row is not None and needed > 0:
-                holding.own_pages += self.pages.take(needed)
-
-    def _admit(self) -> None:
-        position = 0
-        while position < min(len(self.waiting), _MAX_PASSED_OVER) and self.rows.num_free:
-            request = self.waiting[position]
-            known = request.known_ids(0, request.num_known)
-            match = self._match(request, known)
-            if request.widths_in_flight or self._is_being_computed(request, known, match.position):
-                position += 1
-            elif self._enter(request, known, match) or (not self.running and self._enter_anew(request, known)):
-                self.running.append(self.waiting.pop(position))
-            else:
-                return
-
-    def _match(self, request: Request, known: list[int]) -> Match:
-        if request.wants_scores:
-            return Match(request.cache_salt, reason="prompt_logprobs")
-        return self.cache.match([] if request.is_isolated else known, request.cache_salt)
-
-    def _enter(self, request: Request, known: list[int], match: Match) -> bool:
-        """Give the request a row, what it can reuse, and pages for the rest; False if there are not enough."""
-        needed = self.limits.pages_for(request.num_known) - match.position // self.limits.page_size
-        room = (
-            self.pages.num_free
-            + self.cache.num_evictable
-            - sum(node.page > 0 and not node.num_users for node in match.nodes)
-        )
-        if needed + self._num_pages_kept_free() > room:
-            return False
-        row = self.rows.take(1)[0]
-        reused = self.cache.acquire(match, row, self._before) if match.position else None
-        holding = reused or self.cache.hold(request.cache_salt)
-        needed = self.limits.pages_for(request.num_known) - holding.num_pages
-        if not self.cache.free_pages(needed, self._before):
-            self.cache.finish(holding, [], 0, row, self._before)
-            self.rows.give_back([row])
-            return False
-        if request.num_cached is None and not request.is_isolated:
-            self.cache.count(match, reused is not None)
-        holding.own_pages += self.pages.take(needed)
-        self.holdings[request.id] = holding
-        request.enter_row(row, match.position if reused else 0, self.clock())
-        request.cuts = choose_cuts(self.limits, self._turn_ids, known, request.num_computed, match.shared_len)
-        return True
-
-    def _enter_anew(self, request: Request, known: list[int]) -> bool:
-        """Where nobody will give pages back: what it would reuse may be what takes its room."""
-        return self._enter(request, known, Match(request.cache_salt, reason="no room"))
-
-    def _is_being_computed(self, request: Request, known: list[int], num_reused: int) -> bool:
-        """Somebody in prefill has more of the same beginning: it can be reused in a moment."""
-        end = num_reused + MIN_CHECKPOINT_GAP
-        if end >= len(known) or not self.limits.num_checkpoints or request.is_isolated or request.wants_scores:
-            return False
-        return any(
-            not other.is_decoding
-            and not other.is_isolated
-            and other.cache_salt == request.cache_salt
-            and other.known_ids(0, end) == known[:end]
-            for other in self.running
-        )
-
-    def _num_pages_kept_free(self) -> int:
-        """What the running requests may need at their next step: who is admitted now should not be preempted then."""
-        return len(self.running) * -(-(self.limits.mtp_step + 1) // self.limits.page_size)
-
-    def _preempt(self, request: Request) -> None:
-        self.counters.num_preemptions += 1
-        self._leave(request, keeps_state=True)
-        bisect.insort(self.waiting, request, key=_order)
-
-    def _end_late_requests(self) -> None:
-        now = self.clock()
-        for request in [request for request in self._timed.values() if request.deadline < now]:
-            self.counters.num_timeouts += 1
-            self._end(request, keeps_state=True)
-            if request.output_ids:
-                self._notices.append(request.make_output([], [], FINISH_ABORT))
-            else:
-                message = "the request's time was over before its first token; raise timeout (or --request-timeout)"
-                self._notices.append(Failed(request.id, RequestTimeout.__name__, message))
-
-    def _end(self, request: Request, keeps_state: bool) -> None:
-        del self._by_id[request.id]
-        self._timed.pop(request.id, None)
-        request.is_over = True
-        if request.row is None:
-            self.waiting.remove(request)
-        else:
-            self._leave(request, keeps_state)
-
-    def _leave(self, request: Request, keeps_state: bool) -> None:
-        """Give back row and pages; what was computed stays for others, with a checkpoint where the state stands."""
-        assert request.row is not None
-        holding, length = self.holdings.pop(request.id), request.num_computed
-        if request.is_isolated:
-            self.cache.finish(holding, [], 0, request.row, self._before)
-        else:
-            keeps_state = keeps_state and request.is_decoding
-            known = request.known_ids(0, length)
-            self.cache.finish(holding, known, length, request.row, self._before, length if keeps_state else None)
-        self.running.remove(request)
-        self.rows.give_back([request.row])
-        request.leave_row()
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return request.priority, request.arrival

@@ -6,7 +6,7 @@ others. Knows neither tensors nor what to do about a state that is off.
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from server.cache_ops import CacheOp, CompareState, SaveState
 from server.messages import SamplingParams
@@ -30,8 +30,9 @@ class Watchdog:
         self._names = itertools.count()
         self._rng = random.Random(0)
 
-    def begin(self, running: list[Request], ops: list[CacheOp]) -> Request | None:
-        """A new step: the shadow of a request that is checked from now on, if it is time and somebody decodes."""
+    def begin(self, running: Iterable[Request], ops: list[CacheOp]) -> Request | None:
+        """A new step: the shadow of a request that is checked from now on, if it is time and somebody of `running`, all
+        that one kind of weights has computed, decodes."""
         self._num_steps += 1
         if not self.interval or self._num_steps % self.interval or self._shadow is not None:
             return None
@@ -62,6 +63,11 @@ class Watchdog:
         """A pass has computed the whole prompt of `request`: if it is the shadow, compare."""
         if request is self._shadow and request.row is not None:
             ops.append(CompareState(request.row, self.slot))
+
+    def cancel(self) -> Request | None:
+        """Give the check up; its shadow, if there is one, is of no use any more."""
+        shadow, self._watched, self._shadow = self._shadow, None, None
+        return shadow
 
     def finish(self) -> tuple[Request, float] | None:
         """The comparison is done: the watched request and its error, if that is not tolerable."""

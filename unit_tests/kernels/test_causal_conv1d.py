@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_cached, read_history, record_inputs
 
 C, W, NUM_ROWS, RING_LEN = 5, 4, 6, 8
 
@@ -85,6 +85,18 @@ def test_the_ring_holds_the_raw_inputs_of_the_last_positions():
     for position in range(3, 11):
         assert torch.equal(ring[2, position % RING_LEN], u[0, position])
     assert ring[[0, 1, 3, 4, 5]].isnan().all()
+
+
+def test_what_is_recorded_is_read_as_the_history_of_the_next_tokens():
+    """Of two requests, in float32 whatever the inputs are."""
+    ring = torch.full((NUM_ROWS, RING_LEN, C), torch.nan)
+    rows, starts, u = [4, 2], [3, 9], draw(2, 5, C).bfloat16()
+    record_inputs(u, ring, slots(rows, starts, 0, 5))
+    history = read_history(ring, slots(rows, [start + 5 for start in starts], 1 - W, 0), 2)
+    assert torch.equal(history, u[:, -3:].float())
+    assert ring[[0, 1, 3, 5]].isnan().all()
+    ring.zero_()
+    assert history.isfinite().all() and (history != 0).any()
 
 
 def test_gradients_flow_through_whole_sequences():

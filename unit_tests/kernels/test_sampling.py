@@ -7,7 +7,17 @@ import torch
 from scipy import stats
 
 from kernels import sampling
-from kernels.sampling import apply_penalties, compute_logprobs, compute_ranks, draw, gumbel_noise, row_keys
+from kernels.sampling import (
+    PenaltyTable,
+    apply_penalties,
+    compute_logprobs,
+    count_outputs,
+    draw,
+    gumbel_noise,
+    penalise,
+    process,
+    row_keys,
+)
 
 NUM_DRAWS = 40_000
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -2.0, -6.0], dtype=torch.float64)
@@ -208,21 +218,135 @@ def test_penalties_follow_their_formulas():
     assert torch.equal(out[0], logits[0])
 
 
-def test_logprobs_are_those_of_the_whole_softmax():
-    logits = torch.randn(3, 12, dtype=torch.float64)
-    token_ids = torch.tensor([4, 0, 11])
-    chosen, top_ids, top_values = compute_logprobs(logits, token_ids, 3)
-    for row in range(3):
-        logprobs = [value - math.log(sum(math.exp(x) for x in logits[row])) for value in logits[row].tolist()]
-        assert chosen[row].item() == pytest.approx(logprobs[token_ids[row]])
-        best = sorted(range(12), key=lambda token: -logprobs[token])[:3]
-        assert top_ids[row].tolist() == best
-        assert top_values[row].tolist() == pytest.approx([logprobs[token] for token in best])
+@pytest.fixture(params=["library", "torch"])
+def version(request, monkeypatch):
+    """Both versions of an op, where there is a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "load_library", lambda: None)
+    elif sampling.load_library() is None:
+        pytest.skip("needs a compiler")
+    return request.param
 
 
-def test_a_rank_counts_the_likelier_tokens_and_tokens_that_tie_share_it():
+def make_penalties(num_requests, vocab_size, source):
+    """A table whose columns lie apart, with a neutral request among the others."""
+    scales = (torch.rand(num_requests, 5, generator=source) * 2 - 0.5)[:, 2:]
+    scales[:, 0] += 0.6
+    scales[1] = torch.tensor([1.0, 0.0, 0.0])
+    counts = torch.randint(0, 4, (num_requests, vocab_size), generator=source, dtype=torch.int32)
+    return PenaltyTable(scales, counts, torch.rand(num_requests, vocab_size, generator=source) < 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [1, 31, 1000])
+def test_penalties_of_a_table_count_the_output_and_the_drafts_before_a_row(version, dtype, vocab_size):
+    source = torch.Generator().manual_seed(vocab_size)
+    table = make_penalties(5, vocab_size, source)
+    logits = torch.randn(10, vocab_size, generator=source, dtype=dtype)
+    raw, counts_before = logits.clone(), table.output_counts.clone()
+    rows = torch.tensor([3, 3, 3, 3, 1, 1, 4, 4, 4, 2])
+    firsts = torch.tensor([0, 0, 0, 0, 4, 4, 6, 6, 6, 9])
+    window = torch.randint(0, min(3, vocab_size), (10,), generator=source)
+    out = penalise(logits, rows, table, window)
+    counts = table.output_counts[rows]
+    for row in range(10):
+        for place in range(int(firsts[row]) + 1, row + 1):
+            counts[row, window[place]] += 1
+    scales = table.scales[rows].to(dtype).unbind(1)
+    assert torch.equal(out, apply_penalties(logits, counts, table.in_prompt[rows], *scales)), "to the last bit"
+    plain = apply_penalties(logits, table.output_counts[rows], table.in_prompt[rows], *scales)
+    assert torch.equal(penalise(logits, rows, table), plain)
+    assert torch.equal(out[4:6], raw[4:6]) and torch.equal(logits, raw)
+    assert torch.equal(table.output_counts, counts_before)
+
+
+def test_penalties_leave_a_forbidden_token_forbidden(version):
+    table = make_penalties(3, 40, torch.Generator().manual_seed(2))
+    logits = torch.full((2, 40), -torch.inf)
+    logits[:, 7] = 1.0
+    out = penalise(logits, torch.tensor([0, 2]), table)
+    assert out.isfinite().sum(-1).tolist() == [1, 1] and out.argmax(-1).tolist() == [7, 7]
+
+
+def test_many_logits_are_penalised_and_scored_by_several_threads_as_by_one(monkeypatch):
+    source = torch.Generator().manual_seed(3)
+    table, logits = make_penalties(4, 3000, source), torch.randn(100, 3000, generator=source)
+    rows, token_ids = torch.arange(100) % 4, torch.randint(0, 3000, (100,), generator=source)
+    assert logits.numel() >= sampling._PARALLEL_LOGITS
+    many = penalise(logits, rows, table), *compute_logprobs(logits, token_ids, 5)
+    monkeypatch.setattr(sampling, "_PARALLEL_LOGITS", 2**60)
+    one = penalise(logits, rows, table), *compute_logprobs(logits, token_ids, 5)
+    assert all(torch.equal(first, second) for first, second in zip(many, one, strict=True))
+
+
+def test_counts_grow_by_the_emitted_tokens_of_the_chosen_requests(version):
+    counts = torch.zeros(4, 6, dtype=torch.int32)
+    token_ids = torch.tensor([[1, 1, 2], [5, 5, 5], [3, 0, 0], [4, 3, 4]])
+    count_outputs(counts, torch.tensor([3, 1, 2]), torch.tensor([0, 2, 3]), token_ids, torch.tensor([2, 3, 0, 3]))
+    count_outputs(counts, torch.tensor([3]), torch.tensor([0]), token_ids[:, :2].t()[:, [1, 0, 2, 3]].t(), counts[0])
+    assert counts.tolist() == [[0] * 6, [0] * 6, [0, 0, 0, 1, 2, 0], [0, 2, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [12, 1000])
+@pytest.mark.parametrize("num_top", [0, 3, 12])
+def test_logprobs_are_those_of_the_whole_softmax(version, dtype, vocab_size, num_top):
+    """In a row many of whose logits are equal, too: of these the lowest ids come first."""
+    source = torch.Generator().manual_seed(vocab_size)
+    logits = (2 * torch.randn(4, vocab_size, generator=source, dtype=dtype)).round(decimals=1)
+    logits[1] = torch.randint(0, 3, (vocab_size,), generator=source)
+    logits[2, 2:] = -torch.inf
+    token_ids, error = torch.tensor([4, 0, 1, 11]), 2e-6 if dtype == torch.float32 else 1e-12
+    scores = compute_logprobs(logits, token_ids, num_top)
+    for row in range(4):
+        values = logits[row].tolist()
+        total = math.log(math.fsum(math.exp(x) for x in values))
+        best = sorted(range(vocab_size), key=lambda token: -values[token])[:num_top]
+        assert scores.logprobs[row].item() == pytest.approx(values[token_ids[row]] - total, abs=error)
+        assert scores.top_ids[row].tolist() == best
+        assert scores.top_values[row].tolist() == pytest.approx([values[token] - total for token in best], abs=error)
+        assert scores.ranks[row] == 1 + sum(value > values[token_ids[row]] for value in values)
+
+
+def test_logprobs_of_some_rows_are_theirs_in_the_order_asked_for(version):
+    logits, token_ids = torch.randn(6, 300), torch.arange(6)
+    whole, some = compute_logprobs(logits, token_ids, 4), torch.tensor([5, 0, 3])
+    for all_rows, asked in zip(whole, compute_logprobs(logits, token_ids, 4, some), strict=True):
+        assert torch.equal(asked, all_rows[some])
+
+
+def test_more_best_tokens_than_the_library_keeps_in_order_are_the_same_ones(version):
+    logits = torch.randint(0, 9, (3, 500), generator=torch.Generator().manual_seed(1)).float()
+    many, few = (compute_logprobs(logits, torch.arange(3), count) for count in (200, sampling._MOST_BEST))
+    assert torch.equal(many.top_ids[:, : sampling._MOST_BEST], few.top_ids)
+    assert torch.equal(many.top_ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :200])
+
+
+def test_a_row_with_a_nan_disturbs_no_other_one(version):
+    logits = torch.randn(3, 50)
+    expected = compute_logprobs(logits, torch.arange(3), 5)
+    logits[1] = torch.nan
+    scores = compute_logprobs(logits, torch.arange(3), 5)
+    assert all(torch.equal(now[::2], then[::2]) for now, then in zip(scores, expected, strict=True))
+    assert scores.logprobs[1].isnan() and ((scores.top_ids >= 0) & (scores.top_ids < 50)).all()
+
+
+def test_a_rank_counts_the_likelier_tokens_and_tokens_that_tie_share_it(version):
     logits = torch.tensor([[0.5, 2.0, 2.0, -1.0]]).repeat(4, 1)
-    assert compute_ranks(logits, torch.arange(4)).tolist() == [3, 1, 1, 4]
+    assert compute_logprobs(logits, torch.arange(4), 0).ranks.tolist() == [3, 1, 1, 4]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_processed_logits_are_those_of_the_law_that_is_drawn_from(settings):
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    columns = {name: torch.tensor([value] * 3) for name, value in full.items()}
+    columns["temperature"][2] = 0
+    processed = process(logits, **columns)
+    expected = law(LOGITS, **settings)
+    probs = torch.tensor([expected.get(token, 0.0) for token in range(len(LOGITS))], dtype=torch.float64)
+    torch.testing.assert_close(processed[:2].softmax(-1), torch.stack([probs, probs.flip(0)]), rtol=0, atol=1e-7)
+    assert torch.equal(processed[2], logits[2])
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])

@@ -72,3 +72,30 @@ def test_rows_of_a_quantized_weight_are_loaded_block_by_block_and_come_back(tmp_
     everything = WeightSlot("all", weight).export()
     assert everything.shape == (3, 20, 40) and torch.equal(everything[1, 4:13], slot.export())
     assert everything.count_nonzero() <= 360
+
+
+def test_what_was_loaded_comes_back_where_a_sum_would_round_it():
+    param, kept = make_parameter(4), torch.zeros(4)
+    slot = WeightSlot("norm", param, shift=1.0, unshifted=kept)
+    small = torch.tensor([1e-9, -0.0, 0.3, 1e-3])
+    slot.load(small)
+    assert torch.equal(param.data, small + 1) and not torch.equal((small + 1) - 1, small)
+    assert torch.equal(slot.export(), small) and slot.export()[1].signbit()
+    param.data[2] = 5.0
+    assert slot.export().tolist() == [small[0].item(), 0.0, 4.0, small[3].item()]
+
+
+def test_a_shadow_is_the_same_tensor_in_other_memory():
+    param, kept = make_parameter(5, 3), torch.full((2,), 7.0)
+    slot = WeightSlot("w", param, slice(1, 3))
+    shadow = slot.shadow()
+    assert shadow.name == "w" and shadow.checkpoint_shape == (2, 3)
+    values = torch.randn(2, 3)
+    shadow.load(values)
+    assert (param == -1).all() and torch.equal(shadow.export(), values)
+    [mine], [theirs] = slot.memory(), shadow.memory()
+    mine.copy_(theirs)
+    assert torch.equal(param[1:3], values) and (param[[0, 3, 4]] == -1).all()
+    norm = WeightSlot("norm", make_parameter(2), shift=1.0, unshifted=kept)
+    norm.shadow().load(torch.ones(2))
+    assert [part.tolist() for part in norm.memory()] == [[-1.0, -1.0], [7.0, 7.0]]

@@ -20,7 +20,6 @@ from models.weights import (
     load_weights,
     normalise_name,
     save_weights,
-    update_weights,
 )
 from unit_tests.checkpoints import make_checkpoint, make_config, make_tensors, write_json
 
@@ -80,19 +79,15 @@ def test_every_layout_is_quantized_to_the_same_numbers(quantization, tmp_path, m
 
 
 @pytest.mark.parametrize(("quantization", "error"), [("int8", 0.01), ("int4", 0.12)])
-def test_an_update_quantizes_anew_and_an_export_is_what_is_left(quantization, error, tmp_path):
-    target, draft = load(make_checkpoint(tmp_path / "a", num_layers=4), quantization=quantization)
-    original = load_file(make_checkpoint(tmp_path / "b", num_layers=4, seed=1) / MAIN_FILE)
-    update_weights(original.items(), target, draft)
+def test_an_export_of_quantized_weights_is_what_is_left(quantization, error, tmp_path):
+    target, draft = load(make_checkpoint(tmp_path, num_layers=4), quantization=quantization)
+    original = load_file(tmp_path / MAIN_FILE)
     exported = export_tensors(target, draft)
     assert exported.keys() == original.keys()
     for name, tensor in original.items():
-        limit = error if tensor.dim() == 2 else 1e-6
+        limit = error if tensor.dim() == 2 else 0
         assert exported[name].shape == tensor.shape
         assert (exported[name] - tensor).norm() <= limit * tensor.norm(), name
-    fresh = load(tmp_path / "b", quantization=quantization)
-    pairs = zip(parameters((target, draft)), parameters(fresh), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_one_layer_may_mix_both_expert_layouts(tmp_path):
@@ -140,15 +135,6 @@ def test_loading_again_updates_in_place(tmp_path):
     assert not any(torch.equal(old, new) for old, new in zip(before, parameters(models), strict=True))
 
 
-def test_an_update_takes_tensors_from_memory_in_any_order(tmp_path):
-    models = load(make_checkpoint(tmp_path, num_layers=4))
-    new = make_tensors(make_config(num_layers=4), seed=1)
-    update_weights(reversed(new.items()), *models)
-    expected = load(make_checkpoint(tmp_path / "new", num_layers=4, seed=1))
-    pairs = zip(parameters(models), parameters(expected), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-
-
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("tied", ["outer", "no"])
 def test_exported_tensors_load_to_the_same_model(tied, moe, tmp_path):
@@ -157,7 +143,7 @@ def test_exported_tensors_load_to_the_same_model(tied, moe, tmp_path):
     exported = export_tensors(*models)
     raw = make_tensors(make_config(moe=moe, tied=tied, num_layers=4, dtype="bfloat16"))
     assert exported.keys() == raw.keys()
-    assert all(torch.allclose(exported[name], raw[name].float(), atol=1e-6) for name in raw)
+    assert all(torch.equal(exported[name], raw[name].float()) for name in raw)
     save_weights(directory / MAIN_FILE, exported)
     pairs = zip(parameters(models), parameters(load(directory)), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)

@@ -5,11 +5,13 @@ k count as accepted drafts. A prompt that begins with one of the ids below has a
 of a request's `timeout`. A prompt that comes again with the same `cache_salt` reuses all but its last token.
 """
 
+import math
 import os
 import time
 from dataclasses import dataclass
 
 from server.config import EngineConfig
+from server.control import Control, Done
 from server.errors import CheckpointError, InvalidRequest
 from server.messages import (
     FINISH_ABORT,
@@ -50,6 +52,7 @@ class FakeEngine:
             raise RuntimeError("a bug at start")
         self.ready = Ready(MAX_MODEL_LEN, VOCAB_SIZE, (EOS_ID,), config.mtp_step)
         self.aborted: list[str] = []
+        self._controls: list[Control] = []
         self._running: dict[str, _Running] = {}
         self._remembered: set[tuple[str, tuple[int, ...]]] = set()
         self._num_accepted = self._num_proposed = self._num_verify_steps = self._num_steps = self._num_timeouts = 0
@@ -68,6 +71,18 @@ class FakeEngine:
         """Forget a request."""
         self.aborted.append(request_id)
         self._running.pop(request_id, None)
+
+    def control(self, command: Control) -> None:
+        """Nothing that a command asks for is there, so it is done."""
+        self._controls.append(command)
+
+    def take_done(self) -> list[Done]:
+        """All commands that have come."""
+        commands, self._controls = self._controls, []
+        return [Done(command.control_id) for command in commands]
+
+    is_changing = False  # it has no weights
+    patience = math.inf
 
     def has_work(self) -> bool:
         """Whether a request runs."""

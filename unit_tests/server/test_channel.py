@@ -8,6 +8,16 @@ from pathlib import Path
 import pytest
 
 from server.channel import AsyncEnd, SyncEnd, decode, encode
+from server.control import (
+    AddTensors,
+    BeginUpdate,
+    CommitUpdate,
+    Done,
+    Pause,
+    TensorSpec,
+    UpdateWeights,
+    WeightSource,
+)
 from server.errors import ConfigError
 from server.messages import (
     Abort,
@@ -25,16 +35,22 @@ from server.messages import (
 SAMPLING = SamplingParams(
     temperature=0.5, seed=-(2**63), logit_bias={7: -1.5}, stop=("é", "b"), stop_token_ids=(1, 2), logprobs=3
 )
+SOURCE = WeightSource("inline", tensors=(TensorSpec("lm_head.weight", "bfloat16", (2, 3), "0f"),), data=(b"\x00\xff",))
+BEGIN, COMMIT = BeginUpdate("u", SOURCE.tensors, is_delta=True, base_version="1"), CommitUpdate("u", "2", "retract")
 MESSAGES = [
     Generate("r", [1, 2, 300_000], SAMPLING),
     Generate("r", [1], SamplingParams()),
     Abort("r"),
     Ready(10, 20, (1, 2), 3),
     Fatal("no memory"),
+    Pause("p", "keep"),
+    AddTensors("a", SOURCE),
+    UpdateWeights("u", SOURCE, BEGIN, COMMIT),
     StepReport(
         [TokenOutput("r", [4, 5], [TokenLogprobs(-0.25, [4, 9], [-0.25, float("-inf")])], "stop", 5, 3, 4, 2)],
         [Failed("q", "InvalidRequest", "too long")],
-        EngineStats(num_running=1, accepted_per_position=(4, 2)),
+        EngineStats(num_running=1, accepted_per_position=(4, 2), drafts_by_version={"1": ((5, 4), (4, 2))}),
+        [Done("u", {"values": [0.5, -1.0], "name": "x"}), Done("p", {}, "another session is open", "Conflict")],
     ),
 ]
 

@@ -74,6 +74,12 @@ def test_a_broken_tokenizer_is_named(checkpoint: Path) -> None:
     assert "tokenizer.json is not valid JSON" in refusal({"model": str(checkpoint)})
 
 
+def test_a_server_that_skips_the_tokenizer_needs_none(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    found = check(EngineConfig(model=str(checkpoint)), ServerConfig(skip_tokenizer_init=True))
+    assert "tokenizer:  none (--skip-tokenizer-init)" in found
+
+
 def test_drafts_without_a_draft_head_are_refused(tmp_path: Path) -> None:
     plain = make_checkpoint(tmp_path, num_layers=4, mtp_layers=0)
     assert "it carries no draft head, serve it with --mtp-step 0" in refusal({"model": str(plain), "mtp_step": 1})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server.command_line import API_KEY_VARIABLE, CommandLine, build_parser, read_command_line
+from server.command_line import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, CommandLine, build_parser, read_command_line
 from server.config import DEMO_MODEL
 from server.errors import ConfigError
 
@@ -75,6 +75,10 @@ def test_a_key_comes_from_the_environment_unless_flags_have_one() -> None:
     assert read(**{API_KEY_VARIABLE: "from-outside"}).server.api_key == ("from-outside",)
     assert read("--api-key", "a", "b", **{API_KEY_VARIABLE: "c"}).server.api_key == ("a", "b")
     assert read(**{API_KEY_VARIABLE: ""}).server.api_key == ()
+    outside = {ADMIN_API_KEY_VARIABLE: "from-outside"}
+    assert read("--enable-rl", **outside).server.admin_api_key == "from-outside"
+    assert read("--enable-rl", "--admin-api-key", "a", **outside).server.admin_api_key == "a"
+    assert read(**outside).server.admin_api_key is None
 
 
 def test_a_settings_file_sets_what_flags_do_not(settings_file) -> None:
@@ -144,7 +148,14 @@ def test_checking_is_asked_for_by_a_flag() -> None:
 
 def test_the_help_has_groups_and_the_names_of_other_servers() -> None:
     help = " ".join(build_parser().format_help().split())
-    for group in ("model:", "speculation:", "scheduling:", "memory and prefix cache:", "kernels:", "HTTP:"):
+    for group in (
+        "model:",
+        "speculation:",
+        "scheduling:",
+        "memory and prefix cache:",
+        "kernels:",
+        "reinforcement learning:",
+    ):
         assert f" {group} " in help
     assert "(also --max-num-seqs, --running-max-req-size)" in help.replace("- ", "-")
     assert "without effect: --speculative-eagle-topk" in help.replace("- ", "-")

@@ -8,6 +8,7 @@ import pytest
 
 from server.config import MAX_MTP_STEP, EngineConfig, Limits, ServerConfig, lookahead
 from server.errors import ConfigError
+from server.messages import LOGPROBS_MODES, SamplingParams
 
 
 @pytest.mark.parametrize("name", ["max_model_len", "max_total_tokens", "num_threads", "max_running_requests"])
@@ -113,10 +114,23 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str)
 
 
 def test_a_secret_is_not_in_what_is_printed_of_the_settings() -> None:
-    config = ServerConfig(api_key=("sesame",))
+    config = ServerConfig(api_key=("sesame",), admin_api_key="sesame", enable_rl=True)
     assert "sesame" not in repr(config)
-    (secret,) = [setting.name for setting in dataclasses.fields(config) if setting.metadata["is_secret"]]
-    assert secret == "api_key"
+    secrets = [setting.name for setting in dataclasses.fields(config) if setting.metadata["is_secret"]]
+    assert secrets == ["api_key", "admin_api_key"]
+
+
+def test_the_administrators_key_is_one_that_a_header_can_carry_and_has_something_to_guard() -> None:
+    with pytest.raises(ConfigError, match="--admin-api-key has a key that is empty or has characters other than"):
+        ServerConfig(admin_api_key="two words", enable_rl=True)
+    with pytest.raises(ConfigError, match="--admin-api-key guards the routes of --enable-rl"):
+        ServerConfig(admin_api_key="key")
+
+
+def test_log_probabilities_have_the_modes_that_the_engine_has() -> None:
+    (setting,) = [setting for setting in dataclasses.fields(ServerConfig) if setting.name == "logprobs_mode"]
+    assert setting.metadata["choices"] == LOGPROBS_MODES
+    assert setting.default == SamplingParams().logprobs_mode
 
 
 def make_limits(mtp_step: int, page_size: int) -> Limits:

@@ -11,8 +11,9 @@ import tqdm
 from server import engine_process
 from server.channel import AsyncEnd
 from server.config import EngineConfig
+from server.control import Control, Pause, Resume
 from server.engine_process import run, take_turn
-from server.messages import Abort, Fatal, Generate, Ready, SamplingParams, StepReport
+from server.messages import Abort, EngineStats, Fatal, Generate, Ready, SamplingParams, StepReport
 from server.outbox import Outbox
 from unit_tests.server.fake_engine import RAISE_ID, REFUSE_ID, FakeEngine
 
@@ -111,3 +112,43 @@ def test_the_loop_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     ready, report = asyncio.run(talk())
     assert isinstance(ready, Ready)
     assert isinstance(report, StepReport)
+
+
+class ChangingEngine(FakeEngine):
+    """Its weights change with the command after the one that begins the change."""
+
+    is_changing = False
+    version = "old"
+
+    def control(self, command: Control) -> None:
+        super().control(command)
+        self.is_changing = isinstance(command, Pause)
+        if not self.is_changing:
+            self.version = "new"
+
+    def stats(self) -> EngineStats:
+        return EngineStats(weight_version=self.version)
+
+
+def test_what_old_weights_made_is_told_before_they_change() -> None:
+    engine, outbox = ChangingEngine(EngineConfig(mtp_step=0)), Outbox(lambda: 0.0)
+    whole = Generate("a", [5, 6, 7, 8, 9], SamplingParams(max_tokens=9), told_whole=True)
+    reports = [take_turn(engine, requests, outbox) for requests in ([whole], [], [], [Pause("p")], [Resume("r")])]
+    told = [
+        (report.stats.weight_version, [token for output in report.outputs for token in output.token_ids])
+        for report in reports
+        if report is not None
+    ]
+    assert told == [("old", [5]), ("old", [6, 7, 8]), ("new", [])]
+    done = [done.control_id for report in reports if report is not None for done in report.done]
+    assert done == ["p", "r"]
+
+
+def test_what_is_kept_back_is_told_when_the_engine_has_no_work_any_more() -> None:
+    engine, outbox = FakeEngine(EngineConfig(mtp_step=0)), Outbox(lambda: 0.0)
+    whole = Generate("a", [5, 6, 7], SamplingParams(max_tokens=9), told_whole=True)
+    for requests in ([whole], [], []):
+        take_turn(engine, requests, outbox)
+    engine.has_work = lambda: False  # type: ignore[method-assign]
+    report = take_turn(engine, [Pause("p")], outbox)
+    assert report is not None and [output.token_ids for output in report.outputs] == [[6, 7]]

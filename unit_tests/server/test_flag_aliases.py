@@ -66,6 +66,15 @@ def settings(*arguments: str) -> dict[str, Any]:
         ("--chat-template-content-format string --stream-interval 1 --decode-log-interval 40", {}),
         ("--per-request-spec-decode-metrics --language-model-only --disable-access-log-for-endpoints /health", {}),
         ("--tensor-parallel-size 1 --tp 1 --kv-cache-dtype auto --trust-remote-code --enable-metrics", {}),
+        (
+            "--context-length 8192 --mem-fraction-static 0.7 --attention-backend fa3 --max-running-requests 32",
+            {
+                "max_model_len": 8192,
+                "mem_fraction_static": 0.7,
+                "attention_backend": "fa3",
+                "max_running_requests": 32,
+            },
+        ),
     ],
 )
 def test_a_flag_of_another_server_sets_what_it_means_here(arguments: str, expected: dict[str, Any]) -> None:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from server.launch import check_kernels_package
+from server.config import ServerConfig
+from server.launch import check_kernels_package, warn_of_open_doors
 from unit_tests.server.fake_engine import EXIT_ID, FOREVER_ID, LONG_ID, RAISE_ID
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +234,35 @@ def test_a_chat_template_of_the_command_line_goes_before_the_checkpoints(
     for given in (str(tmp_path / "own.jinja"), (tmp_path / "own.jinja").read_text()):
         answer = start("--chat-template", given).http.post("/v1/chat/completions", json=body).json()
         assert answer["choices"][0]["message"]["content"].startswith("<the fox>")  # the fake engine repeats the prompt
+
+
+def test_trainers_pause_and_go_on_and_no_tokenizer_is_needed(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start("--enable-rl", "--skip-tokenizer-init", "--model", str(tmp_path), TANDEM_ADMIN_API_KEY="admins")
+    key = {"x-api-key": "admins"}
+    assert server.http.post("/pause").status_code == 401
+    assert server.http.post("/pause", headers=key).json() == {"status": "paused"}
+    assert server.http.post("/continue_generation", headers=key).json()["success"] is True
+    body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
+    answer = server.http.post("/generate", json=body).json()
+    assert (answer["text"], answer["output_ids"]) == (None, [5, 6, 5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, False),
+        ({"enable_rl": True}, True),
+        ({"enable_rl": True, "host": "127.0.0.1"}, False),
+        ({"enable_rl": True, "uds": "/x"}, False),
+        ({"enable_rl": True, "api_key": ("k",)}, False),
+        ({"enable_rl": True, "admin_api_key": "k"}, False),
+    ],
+)
+def test_a_door_that_is_open_to_all_is_told(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, Any], warns: bool
+) -> None:
+    warn_of_open_doors(ServerConfig(**{"host": "0.0.0.0", **settings}))
+    assert ("--admin-api-key" in caplog.text) is warns
 
 
 def test_the_log_of_both_processes_is_json_where_asked_for(start: Callable[..., Server]) -> None:

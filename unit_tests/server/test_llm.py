@@ -23,6 +23,12 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return LLM(model=str(checkpoint), **settings)
 
 
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same shape."""
+    return make_checkpoint(tmp_path_factory.mktemp("other"), num_layers=4, close_draft=True, seed=1)
+
+
 def is_idle(llm: LLM) -> bool:
     """Nothing runs but what is on its way or left to tidy up, and that has nothing to say."""
     return [llm.engine.step() for _ in range(3)] == [[]] * 3 and not llm.engine.has_work()
@@ -113,6 +119,7 @@ def test_streams_may_be_read_in_turns_and_generate_called_meanwhile(llm: LLM) ->
         {"top_p": 1e-50},
         {"max_tokens": -1},
         {"logprobs": -1},
+        {"logprobs_mode": "raw"},
         {"seed": 2**63},
         {"repetition_penalty": 1e-46},
         {"logit_bias": {100_000: 1.0}},
@@ -240,3 +247,22 @@ def test_a_step_cut_by_a_stop_string_counts_drafts_up_to_its_last_token(
     output = llm.generate([[5]], SamplingParams(stop=(tokenizer.decode(others[:num_used]),)))[0]
     assert (output.finish_reason, len(output.token_ids)) == (FINISH_STOP, 1 + num_used)
     assert (output.num_proposed, output.num_accepted) == (3 + num_used, 1 + min(num_used, 5))
+
+
+def test_weights_are_updated_from_a_directory_or_from_tensors(llm: LLM, other_checkpoint: Path) -> None:
+    before = llm.generate(["abc"], GREEDY)
+    path, store = llm.config.model, llm.engine.runner.store
+    tensors = {name: store.export(name) for name in store.checksums()}
+    stream = llm.stream("abc", GREEDY)
+    first = next(stream)
+    llm.update_weights(other_checkpoint, "other")
+    assert llm.engine.stats().weight_version == "other"
+    rest = [token for delta in stream for token in delta.token_ids]
+    assert len(first.token_ids) + len(rest) == 24
+    assert llm.generate(["abc"], GREEDY) != before
+    llm.update_weights(tensors)
+    assert llm.engine.stats().weight_version == "2" and llm.generate(["abc"], GREEDY) == before
+    with pytest.raises(InvalidRequest, match="nowhere"):
+        llm.update_weights("/nowhere")
+    llm.update_weights(path)
+    assert llm.generate(["abc"], GREEDY) == before and is_idle(llm)

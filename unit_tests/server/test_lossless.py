@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,29 @@ def test_logprobs_do_not_depend_on_drafts(checkpoint: Path) -> None:
         for token, one, other in zip(tokens, expected, entries, strict=True):
             assert one.top_ids == other.top_ids and one.top_ids[0] == token
             assert one.logprob == one.top_logprobs[0] == pytest.approx(other.logprob, abs=1e-9)
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_processed_logprobs_and_penalties_do_not_depend_on_drafts(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, has_library: bool
+) -> None:
+    if not has_library:
+        monkeypatch.setattr("kernels.sampling.load_library", lambda: None)
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2}
+    mode = {"logprobs": 3, "logprobs_mode": "processed_logprobs", "max_tokens": 20, "ignore_eos": True}
+    sampled = SamplingParams(temperature=0.8, top_k=6, seed=3, **penalties, **mode)  # type: ignore[arg-type]
+    greedy = SamplingParams(temperature=0, **penalties, **mode)  # type: ignore[arg-type]
+    params = [sampled, greedy, replace(sampled, logprobs_mode="raw_logprobs"), SEEDED] * (len(FEW_PROMPTS) // 4)
+    plain, drafted = (run(make_engine(checkpoint, mtp_step=k), FEW_PROMPTS, params) for k in (0, 3))
+    assert tokens_of(plain) == tokens_of(drafted)
+    for one, other, asked in zip(plain, drafted, params, strict=True):
+        expected, entries = ([entry for message in each for entry in message.logprobs] for each in (one, other))
+        assert len(entries) == len(expected) == (20 if asked.logprobs else 0)
+        for left, right in zip(expected, entries, strict=True):
+            assert left.top_ids == right.top_ids and left.rank == right.rank
+            assert left.logprob == pytest.approx(right.logprob, abs=1e-9)
+            assert left.top_logprobs == pytest.approx(right.top_logprobs, abs=1e-9)
+            assert left.rank <= 6 or asked is not sampled
 
 
 def test_prompts_of_every_length_from_1_to_130_tokens_work(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from server.engine import Engine
 from server.messages import Constraint, SamplingParams
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.kernels.gpu import fake_flashinfer
-from unit_tests.server.engines import generate, make_engine, make_prompts
+from unit_tests.server.engines import generate, make_engine, make_prompts, run, tokens_of
 from unit_tests.server.test_lossless import serve_with_aborts
 from unit_tests.server.test_lossless_modes import make_conversations, next_turn, serve, use_random_depths
 
@@ -97,6 +97,25 @@ def test_masked_outputs_leave_the_decode_step_and_come_back(
         decode.run = lambda batch: calls.append(batch.has_matchers) or run(batch)
         assert generate(engine, PROMPTS, params) == plain(params)
     assert calls and not any(calls)
+
+
+def test_processed_logprobs_leave_the_decode_step_and_come_back(checkpoint: Path) -> None:
+    """A decode step writes no processed logits down, so it serves batches of raw log-probabilities only."""
+    processed = replace(SEEDED, logprobs=3, logprobs_mode="processed_logprobs", top_k=8)
+    params = [processed, replace(SEEDED, logprobs=3), GREEDY, GREEDY, replace(SEEDED, logprobs=3), SEEDED]
+    expected = run(make_engine(checkpoint, dtype="float32"), PROMPTS, params)
+    with triton_takes("cpu"):
+        engine = make_triton_engine(checkpoint, mtp_step=2, max_running_requests=3)
+        calls, decode = [], engine.runner.decode
+        step = decode.run
+        decode.run = lambda batch: calls.append(batch.wants_processed) or step(batch)
+        messages = run(engine, PROMPTS, params)
+    assert tokens_of(messages) == tokens_of(expected) and calls and not any(calls)
+    for one, other in zip(expected, messages, strict=True):
+        left, right = ([entry for message in each for entry in message.logprobs] for each in (one, other))
+        assert [entry.top_ids for entry in left] == [entry.top_ids for entry in right]
+        values = ([entry.logprob for entry in each] for each in (left, right))
+        assert next(values) == pytest.approx(next(values), abs=1e-4)
 
 
 def test_prefill_in_flashinfers_hands_leaves_the_tokens(

@@ -65,3 +65,12 @@ def test_an_answer_of_one_step_is_told_once() -> None:
     assert outbox.collect([say("a", 1, ends=True)], []) == [say("a", 1, ends=True)]
     clock.now += KEEP_SECONDS
     assert outbox.collect([], []) == []
+
+
+def test_nothing_is_kept_back_where_all_is_to_be_told() -> None:
+    outbox, _ = make_outbox("a", "b")
+    outbox.collect([say("a", 1), say("b", 1)], [])
+    assert outbox.collect([say("a", 2, steps=1)], []) == []
+    told = outbox.collect([say("b", 5, steps=1)], [], tells_all=True)
+    assert [(output.request_id, output.token_ids) for output in told] == [("a", [2]), ("b", [5])]
+    assert outbox.collect([], [], tells_all=True) == []

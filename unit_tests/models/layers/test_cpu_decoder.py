@@ -177,6 +177,20 @@ def test_weights_updated_in_place_are_seen_and_moved_ones_too(directory: Path) -
 
 
 @torch.inference_mode()
+def test_single_weights_that_moved_are_found_once_the_old_places_are_forgotten(directory: Path) -> None:
+    models = load(directory, torch.float64)
+    _, expected = run_history(models, 3)
+    for weight in (models[0].layers[0].mixer.in_proj.weight, models[1].layers[0].mixer.out.weight):
+        moved, old = weight.data.clone(), weight.data
+        weight.data = moved
+        old.fill_(torch.nan)
+    for model in models:
+        model.forget_addresses()
+    _, outputs = run_history(models, 3)
+    assert all(torch.equal(mine, before) for mine, before in zip(outputs, expected, strict=True))
+
+
+@torch.inference_mode()
 def test_a_verify_pass_records_its_rows_for_the_draft_head_either_way(directory: Path) -> None:
     target, draft = load(directory, torch.float32)
     kept: list[History] = []

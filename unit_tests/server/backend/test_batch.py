@@ -37,7 +37,7 @@ def test_a_prefill_brings_each_requests_known_tokens_from_where_it_stands() -> N
     assert view.rows == (4, 2)
     assert view.start_lens.tolist() == [0, 2] and view.accept_lens.tolist() == [0, 0]
     assert view.host_starts == (0, 2)
-    assert view.page_table.tolist() == [[7, 8, 0, 0, 0], [3, 9, 1, 0, 0]]
+    assert view.page_table.tolist() == [[7, 8, 0, 0], [3, 9, 1, 0]]
 
 
 def test_the_first_chunk_admits_the_request_and_later_ones_keep_its_state() -> None:
@@ -50,7 +50,7 @@ def test_the_first_chunk_admits_the_request_and_later_ones_keep_its_state() -> N
     work = replace(prefill_work(place(request, 2), 2, (2,)), first_page=1)
     view = run_build(Batch([work], is_verify=False), table).view
     assert (table.cache.gdn.state[:, 3] == 5).all()
-    assert view is not None and view.start_lens.tolist() == [2] and view.page_table.tolist() == [[6, 2, 0, 0, 0]]
+    assert view is not None and view.start_lens.tolist() == [2] and view.page_table.tolist() == [[6, 2, 0]]
 
 
 def test_a_verify_batch_takes_tokens_and_lengths_from_the_table() -> None:
@@ -70,7 +70,7 @@ def test_a_verify_batch_takes_tokens_and_lengths_from_the_table() -> None:
     view = forward.view
     assert view is not None and view.is_verify and view.rows == (5, 1) and view.host_starts is None
     assert view.start_lens.tolist() == [12, 6] and view.accept_lens.tolist() == [3, 1]
-    assert view.page_table.tolist() == [[5, 14, 0, 0, 0], [1, 10, 0, 0, 0]]
+    assert view.page_table.tolist() == [[5, 14, 0], [1, 10, 0]]
 
 
 def test_windows_of_different_widths_take_their_first_drafts() -> None:

@@ -1,6 +1,7 @@
 """Refusals name what would work."""
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from kernels.gpu.dispatch import triton_takes
 from models.cache import Backends
 from models.config import ModelConfig, parse_config
 from server.backend import device
-from server.backend.device import check_gpu, check_quantization, choose_backends, choose_device, within_memory
+from server.backend.device import (
+    check_gpu,
+    check_quantization,
+    choose_attention,
+    choose_backends,
+    choose_device,
+    within_memory,
+)
 from server.config import EngineConfig
 from server.errors import ConfigError
 from unit_tests.checkpoints import make_config
@@ -68,6 +76,65 @@ def test_backends_are_torch_on_a_cpu_and_triton_where_it_can_run() -> None:
         assert choose_backends(config, MODEL, "cpu", torch.float64) == Backends("torch", "torch")
         mixed = EngineConfig(attention_backend="torch", gdn_backend="triton")
         assert choose_backends(mixed, MODEL, "cpu", torch.float32) == Backends("torch", "triton")
+
+
+# By compute capability: whose kernels serve each value of --attention-backend; what is not there is refused.
+ANY_GPU = {"auto": "triton", "triton": "triton", "flashinfer": "flashinfer", "torch": "torch", "torch_native": "torch"}
+ANY_GPU |= {"fa2": "triton", "flash_attn": "triton"}
+ATTENTION: dict[tuple[int, int] | None, dict[str, str]] = {
+    (8, 0): ANY_GPU,
+    (8, 6): ANY_GPU,
+    (8, 9): ANY_GPU,
+    (9, 0): ANY_GPU | {"fa3": "triton"},
+    (10, 0): ANY_GPU | {"trtllm_mha": "triton"},
+    (10, 3): ANY_GPU | {"trtllm_mha": "triton"},
+    (12, 0): ANY_GPU,
+    None: {"auto": "torch", "torch": "torch", "torch_native": "torch"},
+}
+(ATTENTION_CHOICES,) = (
+    setting.metadata["choices"] for setting in fields(EngineConfig) if setting.name == "attention_backend"
+)
+
+
+@pytest.mark.parametrize("asked", ATTENTION_CHOICES)
+@pytest.mark.parametrize("capability", ATTENTION)
+def test_every_gpu_serves_the_names_of_recipes_or_refuses_them_at_start(
+    capability: tuple[int, int] | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_installed(monkeypatch, "triton", "flashinfer")
+    config, expected = EngineConfig(attention_backend=asked), ATTENTION[capability].get(asked)
+    with nullcontext() if capability is None else triton_takes("cpu"):
+        if expected is not None:
+            chosen = choose_backends(config, LARGE, "cpu", torch.bfloat16, capability)
+            assert chosen == Backends(expected, "torch" if capability is None else "triton")
+            return
+        with pytest.raises(ConfigError, match=f"^--attention-backend is {asked}, .*: use --attention-backend .*auto$"):
+            choose_backends(config, LARGE, "cpu", torch.bfloat16, capability)
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "message"),
+    [
+        ("fa3", (8, 9), "FlashAttention 3's kernels are for compute capability 9.0 (Hopper), and the GPU's is 8.9"),
+        ("fa3", (10, 0), "FlashAttention 3's kernels are for compute capability 9.0 (Hopper), and the GPU's is 10.0"),
+        ("fa3", None, "FlashAttention 3's kernels are for compute capability 9.0 (Hopper), and there is no GPU"),
+        ("trtllm_mha", (12, 0), "for compute capability 10.x (Blackwell of data centers), and the GPU's is 12.0"),
+        ("flash_attn", None, "FlashAttention 2's kernels are for compute capability 8.0 and more, and there is no GPU"),
+    ],
+)
+def test_kernels_made_for_another_gpu_are_refused_with_what_works(
+    asked: str, capability: tuple[int, int] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_attention(asked, capability)
+    assert caught.value.message.startswith(f"--attention-backend is {asked}, ")
+    assert caught.value.message.endswith(f"{message}: use --attention-backend auto")
+
+
+def test_one_line_says_whose_kernels_serve_in_place_of_others(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_attention("fa3", (9, 0)) == "triton"
+    assert choose_attention("triton", (9, 0)) == "triton"
+    assert caplog.messages == ["--attention-backend is fa3: Triton's kernels serve in place of FlashAttention 3's"]
 
 
 def set_installed(patch: pytest.MonkeyPatch, *installed: str) -> None:

@@ -91,3 +91,12 @@ def test_a_wait_ends_though_nothing_becomes_ready(queue: GrammarQueue) -> None:
     queue.add(make_request("slow"))
     queue.wait()
     assert queue.take(0.0) == ([], [])
+
+
+def test_all_are_given_up_at_once(queue: GrammarQueue) -> None:
+    requests = [make_request("a"), make_request("b", SamplingParams(allowed_token_ids=(3,)))]
+    for request in requests:
+        queue.add(request)
+    assert list(queue) == ["a", "b"] and "a" in queue and "c" not in queue
+    assert queue.clear() == requests
+    assert len(queue) == 0 and queue.take(0.0) == ([], [])

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_pass(table: RequestTable, rows: list[int], counts: list[int], is_verify: bool) -> ForwardBatch:
     """A pass of counts[i] tokens of rows[i]; the tokens do not matter here."""
     ids = torch.zeros(sum(counts), dtype=torch.int64)
-    return ForwardBatch(ids, ids, tuple(counts), table.view(rows, is_verify))
+    return ForwardBatch(ids, ids, tuple(counts), table.view(rows, is_verify, 2))
 
 
 def test_admit_makes_one_row_that_of_an_empty_sequence_with_the_requests_settings() -> None:
@@ -123,7 +123,7 @@ def test_a_view_tells_how_far_the_states_stand_behind() -> None:
     table = make_table()
     table.accept_len[torch.tensor([4, 2])] = torch.tensor([0, 3])
     table.seq_len[2] = 31
-    view = table.view([4, 2], is_verify=True)
+    view = table.view([4, 2], is_verify=True, num_pages=2)
     assert view.rows == (4, 2) and view.row_ids.tolist() == [4, 2] and view.is_verify
     assert view.start_lens.tolist() == [9, 31] and view.accept_lens.tolist() == [0, 3]
 

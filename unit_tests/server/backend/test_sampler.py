@@ -1,5 +1,6 @@
 """Rules and draws of a mixed batch equal a plain loop over requests and rows; logits [B, T, V]."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ from kernels.sampling import draw
 from models.forward_batch import CacheView, ForwardBatch
 from server.backend.request_table import RequestTable
 from server.backend.sampler import Sampler
+from server.messages import SamplingParams, TokenLogprobs
 from server.request import Batch, Request
 from unit_tests.server.backend.tables import VOCAB_SIZE, admit, make_request, make_table, prefill_work, verify_work
 
@@ -86,8 +88,8 @@ def prefill_pass(requests: list[Request], counts: list[int]) -> tuple[ForwardBat
     return forward, Batch(works, is_verify=False)
 
 
-def naive_token(logits: Tensor, request: Request, position: int, drafted: list[int]) -> int:
-    """The token at `position` by the request's settings alone: logits [V] after its output and the drafted tokens."""
+def naive_ruled(logits: Tensor, request: Request, position: int, drafted: list[int]) -> list[float]:
+    """logits [V] after the request's output and the drafted tokens, by its rules for the token at `position`."""
     params, row = request.sampling, logits.tolist()
     if position - len(request.prompt_ids) < params.min_tokens:
         for stop_id in (*EOS_IDS, *params.stop_token_ids):
@@ -100,14 +102,44 @@ def naive_token(logits: Tensor, request: Request, position: int, drafted: list[i
             scale = params.repetition_penalty
             row[token] = row[token] / scale if row[token] > 0 else row[token] * scale
         row[token] -= params.frequency_penalty * written[token] + params.presence_penalty * (token in written)
+    return row
+
+
+def naive_token(logits: Tensor, request: Request, position: int, drafted: list[int]) -> int:
+    """The token at `position` by the request's settings alone."""
+    params, row = request.sampling, naive_ruled(logits, request, position, drafted)
     if params.temperature == 0:
         return max(range(VOCAB_SIZE), key=row.__getitem__)
     numbers = (params.temperature, params.top_k, params.top_p, params.min_p, request.seed, position)
     return int(draw(torch.tensor([row], dtype=logits.dtype), *(torch.tensor([number]) for number in numbers)))
 
 
+def naive_logprobs(row: list[float], params: SamplingParams) -> list[float]:
+    """The logarithm of the law of a request's draw, by sorting and adding up; row: see `naive_ruled`."""
+    if params.temperature:
+        row = [value / params.temperature for value in row]
+        order = sorted(range(VOCAB_SIZE), key=lambda token: -row[token])
+        kept = order[: params.top_k] if params.top_k else order
+        kept = [token for token in kept if math.exp(row[token] - row[order[0]]) >= params.min_p]
+        total, before, nucleus = math.fsum(math.exp(row[token]) for token in kept), 0.0, []
+        for token in kept:
+            nucleus += [token] if before < params.top_p else []
+            before += math.exp(row[token]) / total
+        row = [value if token in nucleus else -math.inf for token, value in enumerate(row)]
+    total = math.log(math.fsum(map(math.exp, row)))
+    return [value - total for value in row]
+
+
+@pytest.fixture(params=["library", "torch"])
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the C++ kernels, and as without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr("kernels.sampling.load_library", lambda: None)
+    return request.param
+
+
 @pytest.mark.parametrize("seed", range(40))
-def test_a_mixed_verify_batch_draws_what_a_loop_over_requests_and_rows_draws(seed: int) -> None:
+def test_a_mixed_verify_batch_draws_what_a_loop_over_requests_and_rows_draws(seed: int, version: str) -> None:
     rng = random.Random(seed)
     requests = [draw_request(rng, row, draw_settings(rng)) for row in rng.sample(range(1, 6), rng.randint(1, 5))]
     drafts = [[rng.randrange(VOCAB_SIZE) for _ in range(3)] for _ in requests]
@@ -245,6 +277,48 @@ def test_logprobs_are_the_raw_ones_of_emitted_tokens_for_those_who_asked() -> No
             assert entry.logprob == pytest.approx(row[int(sampled.token_ids[index, t])], abs=1e-12)
             assert entry.top_ids == best and entry.top_logprobs == pytest.approx([row[i] for i in best], abs=1e-12)
     assert sampled.token_ids[0, 0] == 6 and results[0][0].top_ids[0] != 6, "the bias moves the draw, not the logprobs"
+
+
+def check_scores(entries: list[TokenLogprobs], expected: list[list[float]], token_ids: list[int], num_top: int) -> None:
+    """They are of these tokens, in rows of these log-probabilities."""
+    for entry, row, token_id in zip(entries, expected, token_ids, strict=True):
+        best = sorted(range(VOCAB_SIZE), key=lambda token: -row[token])[:num_top]
+        assert entry.logprob == pytest.approx(row[token_id], abs=1e-6) and entry.logprob > -math.inf
+        assert entry.top_ids == best and entry.top_logprobs == pytest.approx([row[i] for i in best], abs=1e-6)
+        assert entry.rank == 1 + sum(value > row[token_id] for value in row)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_processed_logprobs_are_of_the_law_that_is_drawn_from_beside_raw_ones(seed: int, version: str) -> None:
+    """Of a verify pass with ragged windows and of a prefill; -inf for tokens that a filter leaves out."""
+    rng = random.Random(seed)
+    kinds = [{"logprobs": 6, "logprobs_mode": "processed_logprobs"}, {"logprobs": 4}, {}]
+    kinds = kinds[:1] + [rng.choice(kinds) for _ in range(4)]
+    rows = rng.sample(range(1, 6), 5)
+    requests = [draw_request(rng, row, draw_settings(rng) | kind) for row, kind in zip(rows, kinds, strict=True)]
+    sampler, widths = make_sampler(requests), sorted((rng.randint(1, 4) for _ in requests), reverse=True)
+    drafts = [[rng.randrange(VOCAB_SIZE) for _ in range(width - 1)] for width in widths]
+    logits = [draw_logits(1, width, seed + width)[0] for width in widths]
+    for is_verify in (True, False):
+        chunks = [request.num_known for request in requests]
+        forward, batch = verify_pass(requests, drafts) if is_verify else prefill_pass(requests, chunks)
+        given = logits if is_verify else [one[:1] for one in logits]
+        sampled = sampler.sample(torch.cat(given), forward, batch)
+        scores = sampler.logprobs(sampled, batch)
+        assert scores is not None
+        for index, (request, entries) in enumerate(zip(requests, scores.read_all(), strict=True)):
+            params, drafted = request.sampling, drafts[index]
+            if params.logprobs is None:
+                assert entries == []
+                continue
+            values = [
+                naive_logprobs(naive_ruled(row, request, request.num_known + t, drafted[:t]), params)
+                if params.wants_processed
+                else row.log_softmax(-1).tolist()
+                for t, row in enumerate(given[index])
+            ]
+            token_ids = sampled.token_ids[index, : len(values)].tolist()
+            check_scores(entries, values, token_ids, params.logprobs)
 
 
 @pytest.mark.parametrize("seed", range(10))

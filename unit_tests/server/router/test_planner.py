@@ -391,3 +391,14 @@ def test_what_drafts_really_cost_is_learned_from_the_steps() -> None:
     for _ in range(100):
         planner.record_step([4] * 4, [3] * 4, 12, 1.1 * 1.36)
     assert planner.plan(states) == [3] * 4
+
+
+def test_what_was_learned_of_other_weights_is_forgotten() -> None:
+    simulation = simulate(4)
+    assert not any(map(any, simulation.run(400, lambda _: 0.0)[-20:]))
+    simulation.planner.forget()
+    simulation.states = [SpeculationState(max_draft=K) for _ in simulation.states]
+    simulation._in_flight.clear()
+    simulation.depths.clear()
+    assert any(simulation.run(1, lambda _: 0.9)[0]), "nobody tries the new drafts"
+    assert sum(map(sum, simulation.run(100, lambda _: 0.9)[-20:])) > 20 * 4

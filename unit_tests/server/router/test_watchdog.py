@@ -45,6 +45,16 @@ def test_one_check_at_a_time_every_so_many_steps() -> None:
     assert watchdog.finish() is None and watchdog.num_checks == 2
 
 
+def test_a_check_that_is_given_up_gives_no_verdict_and_the_next_one_begins() -> None:
+    watchdog, ops = Watchdog(1, 0, 0.1, lambda: 0.5), []
+    assert watchdog.cancel() is None
+    shadow = watchdog.begin([decoding_request(2)], ops)
+    assert shadow is not None and watchdog.begin([decoding_request(2)], ops) is None
+    assert watchdog.cancel() is shadow
+    assert not watchdog.is_shadow(shadow) and watchdog.num_checks == 0
+    assert watchdog.begin([decoding_request(2)], ops) is not None
+
+
 def test_nobody_is_checked_before_there_is_something_to_check() -> None:
     waiting = decoding_request(1)
     waiting.is_decoding = False
