@@ -35,8 +35,9 @@ def _check(engine_config: EngineConfig, config: ServerConfig) -> str:
     device = choose_device(engine_config.device)
     model, dtype, num_mtp_layers, backends = read_needs(engine_config, device)
     template = None if config.chat_template is None else read_template(config.chat_template)
-    tokenizer = Tokenizer(directory, template)
-    _check_vocabulary(tokenizer, model)
+    tokenizer = None if config.skip_tokenizer_init else Tokenizer(directory, template)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, model)
     read_defaults(directory, config.generation_config, config.override_generation_config or {})
     read_stop_ids(directory)
     read_turn_ids(directory)
@@ -50,7 +51,7 @@ def _check(engine_config: EngineConfig, config: ServerConfig) -> str:
     lines = [
         f"checkpoint: {Path(directory).resolve()}, {num_layers} layers, {num_tensors} tensors as config.json asks",
         f"device:     {device}, {str(dtype).removeprefix('torch.')}, {_describe_quantization(quantization)}{kernels}",
-        f"tokenizer:  {tokenizer.vocab_size} tokens, {_describe_template(tokenizer)}",
+        f"tokenizer:  {_describe_tokenizer(tokenizer)}",
         f"drafts:     mtp_step {engine_config.mtp_step}, the checkpoint has {model.num_mtp_layers} MTP layers",
         describe_memory(plan),
     ]
@@ -67,6 +68,12 @@ def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
             f"tokenizer.json has {tokenizer.vocab_size} tokens, config.json has a vocab_size of {model.vocab_size}: "
             "they are of different checkpoints"
         )
+
+
+def _describe_tokenizer(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return "none (--skip-tokenizer-init)"
+    return f"{tokenizer.vocab_size} tokens, {_describe_template(tokenizer)}"
 
 
 def _describe_template(tokenizer: Tokenizer) -> str:

@@ -17,7 +17,7 @@ from server.flag_aliases import ALIASES, Alias
 from server.flags import add_flags, flag_options, read_settings
 from server.versions import read_version
 
-API_KEY_VARIABLE = "TANDEM_API_KEY"
+API_KEY_VARIABLE, ADMIN_API_KEY_VARIABLE = "TANDEM_API_KEY", "TANDEM_ADMIN_API_KEY"
 _CONFIGS = (EngineConfig, ServerConfig)
 # Flags that say what to do, which is not for a settings file to decide.
 _COMMANDS = ("config", "check", "version", "help")
@@ -46,6 +46,8 @@ def read_command_line(arguments: Sequence[str], environment: Mapping[str, str] =
         given.setdefault(name.removeprefix(_WEAK), given.pop(name))
     if "api_key" not in given and environment.get(API_KEY_VARIABLE):
         given["api_key"] = (environment[API_KEY_VARIABLE],)
+    if given.get("enable_rl") and "admin_api_key" not in given and environment.get(ADMIN_API_KEY_VARIABLE):
+        given["admin_api_key"] = environment[ADMIN_API_KEY_VARIABLE]
     engine, server = read_settings(given, EngineConfig), read_settings(given, ServerConfig)
     return CommandLine(engine, server, is_check="check" in given)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from server import engine_process
 from server.api.app import build_app
 from server.api.engine_client import EngineClient
+from server.api.no_tokenizer import NoTokenizer
 from server.api.sampling import read_defaults
 from server.api.services import Services, build_services
 from server.api.throughput import log_throughput
@@ -38,6 +39,7 @@ from server.versions import read_version
 
 # Time for the last message of an engine that has ended to arrive.
 _LAST_WORDS_SECONDS = 0.5
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Requests make few cycles; a rare collection keeps pauses out of the streams.
 _GC_THRESHOLD = 100_000
 
@@ -89,7 +91,9 @@ async def _start(engine_config: EngineConfig, config: ServerConfig, engine: str)
         async with _http_running(HttpServer(entrance, config), listener) as serving:
             log.info("loading %s", directory)
             template = None if config.chat_template is None else read_template(config.chat_template)
-            tokenizer = await asyncio.to_thread(Tokenizer, directory, template)
+            tokenizer = (
+                NoTokenizer() if config.skip_tokenizer_init else await asyncio.to_thread(Tokenizer, directory, template)
+            )
             defaults = read_defaults(directory, config.generation_config, config.override_generation_config or {})
             ready = await _wait_ready(channel, running, signals, serving)
             if ready is None:
@@ -100,6 +104,7 @@ async def _start(engine_config: EngineConfig, config: ServerConfig, engine: str)
             gc.set_threshold(_GC_THRESHOLD)
             entrance.app = build_app(services, [tracing.record] if tracing is not None else [])
             _log_banner(services)
+            warn_of_open_doors(config)
             log.info("ready: serving at %s", describe_address(listener, config))
             return await _serve(serving, client, running, signals, config)
 
@@ -141,6 +146,16 @@ def _log_banner(services: Services) -> None:
         "mtp_step": ready.mtp_step,
     }
     log_fields(log, logging.INFO, f"Tandem {read_version()}", figures)
+
+
+def warn_of_open_doors(config: ServerConfig) -> None:
+    """Say so in the log where anybody who reaches the server may change its weights."""
+    is_near = config.uds is not None or config.host in _LOOPBACK
+    if config.enable_rl and not (is_near or config.api_key or config.admin_api_key):
+        log.warning(
+            "--enable-rl on --host %s without a key: whoever reaches it can replace the weights; set --admin-api-key",
+            config.host,
+        )
 
 
 async def _wait_ready(

@@ -22,6 +22,7 @@ STATS = EngineStats(
     requests_per_depth=(1,),
     cache_misses={"too short": 1},
     faults={"non_finite": 1},
+    drafts_by_version={"default": ((1,), (1,))},
 )
 
 

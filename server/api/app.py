@@ -21,6 +21,7 @@ from server.api.invocations import answer_invocation
 from server.api.openapi import GENERATION_ERRORS, operation, path_parameter
 from server.api.playground_page import add_playground_routes
 from server.api.responses import add_response_routes
+from server.api.rl.routes import RL_PATHS, add_rl_routes
 from server.api.schemas import (
     ANY_ANSWER,
     ANY_REQUEST,
@@ -48,6 +49,8 @@ def build_app(services: Services, observers: Sequence[Callable[[Exchange], None]
     _add_other_routes(app, services)
     _add_model_routes(app, services)
     add_status_routes(app, services)
+    if services.config.enable_rl:
+        add_rl_routes(app, services)
     add_playground_routes(app)
     return app
 
@@ -56,8 +59,8 @@ def _add_middleware(app: FastAPI, services: Services, observers: Sequence[Callab
     """The last that is added sees a request first. Refusals too must be readable for pages of other origins, and
     recorded."""
     config = services.config
-    if config.api_key:
-        app.add_middleware(KeyGuard, keys=config.api_key)
+    if config.api_key or config.admin_api_key:
+        app.add_middleware(KeyGuard, keys=config.api_key, admin_key=config.admin_api_key, admin_paths=RL_PATHS)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,6 +1,7 @@
 """The api's view of the engine: hands requests over, gives each its outputs, aborts what nobody waits for.
 
 Every submitted request ends: with a finish reason, with an error, or with an Abort when its `Outputs` is closed first.
+Commands are awaited one by one, however long they take.
 Used from one event loop. Knows token ids, never text; knows nothing of HTTP.
 """
 
@@ -8,11 +9,12 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, Self
 
 from server import errors
+from server.control import Control, Done
 from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import (
     FINISH_ABORT,
@@ -53,6 +55,7 @@ class EngineClient:
         self._max_requests = max_requests
         self._in_flight: dict[str, Outputs] = {}
         self._names: dict[str, str] = {}
+        self._commands: dict[str, asyncio.Future[Done]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready = ready
@@ -106,6 +109,18 @@ class EngineClient:
         self._idle.clear()
         return outputs
 
+    async def control(self, command: Control) -> Done:
+        """What has come of a command. It is carried out even if nobody waits for that any more. Raises EngineDead."""
+        if self.failure is not None:
+            raise self.failure
+        done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._commands[command.control_id] = done
+        try:
+            self._channel.send(command)
+            return await done
+        finally:
+            del self._commands[command.control_id]
+
     def abort(self, request_id: str) -> None:
         """End a request that is in flight; nothing more will come from it. Others are ignored."""
         if request_id in self._in_flight:
@@ -134,10 +149,15 @@ class EngineClient:
         for request_id, outputs in list(self._in_flight.items()):
             self._forget(request_id)
             outputs.put(failure)
+        for done in self._commands.values():
+            if not done.done():
+                done.set_exception(failure)
 
     async def check_generates(self, seconds: float) -> None:
-        """Have one token generated. Raises EngineDead if in this time there is neither that nor, where others are
-        before it, one of theirs."""
+        """Have one token generated, unless the engine is paused. Raises EngineDead if in this time there is neither
+        that nor, where others are before it, one of theirs."""
+        if self.stats.is_paused:
+            return
         prompt, sampling = [self.ready.eos_token_ids[0]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         num_before = self.stats.num_output_tokens
         try:
@@ -158,6 +178,9 @@ class EngineClient:
         await self._idle.wait()
 
     def _deliver(self, report: StepReport) -> None:
+        if report.stats.weight_version != self.stats.weight_version:
+            for outputs in set(self._in_flight.values()):
+                outputs.put(WeightsChanged(report.stats.weight_version))
         self.stats = report.stats
         self.observe(report.stats)
         for output in report.outputs:
@@ -165,6 +188,10 @@ class EngineClient:
         for failed in report.failed:
             error: TandemError = getattr(errors, failed.error)(failed.message, failed.param)
             self._route(failed.request_id, error, ends=True)
+        for done in report.done:
+            waiting = self._commands.get(done.control_id)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(done)
 
     def _route(self, request_id: str, item: TokenOutput | TandemError, ends: bool) -> None:
         outputs = self._in_flight.get(request_id)
@@ -180,16 +207,25 @@ class EngineClient:
             self._idle.set()
 
 
+@dataclass(frozen=True)
+class WeightsChanged:
+    """Stands between the outputs of two versions of the weights."""
+
+    weight_version: str
+
+
 class Outputs:
-    """The outputs of requests that were submitted together; leaving the `with` block aborts those that still run."""
+    """The outputs of requests that were submitted together; leaving the `with` block aborts those that still run.
+    `weight_version` is that of the weights which made the last one."""
 
     def __init__(self, client: EngineClient, request_ids: Sequence[str]):
         self._client = client
         self._open = set(request_ids)
-        self._items: asyncio.Queue[TokenOutput | TandemError] = asyncio.Queue()
+        self._items: asyncio.Queue[TokenOutput | WeightsChanged | TandemError] = asyncio.Queue()
         self._last: dict[str, TokenOutput] = {}
+        self.weight_version = client.stats.weight_version
 
-    def put(self, item: TokenOutput | TandemError) -> None:
+    def put(self, item: TokenOutput | WeightsChanged | TandemError) -> None:
         """Add an output, or the error that ends them all."""
         self._items.put_nowait(item)
         if isinstance(item, TokenOutput):
@@ -214,7 +250,9 @@ class Outputs:
             item = await self._items.get()
             if isinstance(item, TandemError):
                 raise item
-            if item.request_id in self._open:
+            if isinstance(item, WeightsChanged):
+                self.weight_version = item.weight_version
+            elif item.request_id in self._open:
                 if item.finish_reason is not None:
                     self._open.discard(item.request_id)
                 return item

@@ -47,6 +47,7 @@ class Envelope:
 
     def __init__(self, services: Services, form: Format, generation: Generation, job: Job, answer_id: str):
         self._services, self._form, self._generation, self._job = services, form, generation, job
+        self._tells_versions = job.return_versions or services.config.enable_rl
         self._begun: set[int] = set()
         self._head = {
             "id": form.id_prefix + answer_id,
@@ -138,6 +139,8 @@ class Envelope:
             told["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
         if self._job.return_spec:
             told["spec"] = report_spec(delta.spec for delta in deltas)
+        if self._tells_versions and deltas[-1].finish_reason is not None:
+            told["weight_versions"] = self._generation.choices[deltas[-1].index].version_spans()
         return told
 
     def _tell_prompt(self, first: Delta) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from server.api.conversations import CONVERSATION_FIELDS
 from server.api.openapi import Schema, nullable
 from server.api.schemas import CHAT_REQUEST
 from server.api.terms import TERM_FIELDS
+from server.messages import LOGPROBS_MODES
 
 _CHAT: dict[str, Schema] = CHAT_REQUEST["properties"]
 _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
@@ -89,7 +90,10 @@ ANTHROPIC_ERROR = _object(
 )
 TOKEN_COUNT = _object(("input_tokens",), input_tokens=_COUNT)
 
-_OUTPUT = _object(("text", "output_ids", "meta_info"), text=_TEXT, output_ids=_IDS, meta_info={"type": "object"})
+_LOGPROBS_MODE: Schema = {"enum": [*LOGPROBS_MODES, None]}
+_OUTPUT = _object(
+    ("text", "output_ids", "meta_info"), text=nullable("string"), output_ids=_IDS, meta_info={"type": "object"}
+)
 GENERATE_REQUEST: dict[str, Any] = {
     **_object(
         (),
@@ -100,6 +104,7 @@ GENERATE_REQUEST: dict[str, Any] = {
         logprob_start_len=nullable("integer", minimum=-1),
         top_logprobs_num=nullable("integer", minimum=-1),
         return_text_in_logprobs=nullable("boolean"),
+        logprobs_mode=_LOGPROBS_MODE,
         stream=nullable("boolean"),
         rid={"oneOf": [nullable("string"), {"type": "array", "items": _TEXT, "minItems": 1}]},
         extra_key=nullable("string", minLength=1, maxLength=256),
@@ -112,6 +117,7 @@ TOKENS_REQUEST = _object(
     ("token_ids",),
     token_ids=_IDS,
     sampling_params=nullable("object"),
+    logprobs_mode=_LOGPROBS_MODE,
     **{name: _CHAT[name] for name in ("model", "stream", "stream_options", "request_id", *TERM_FIELDS)},
 )
 TOKENS_ANSWER = _object(

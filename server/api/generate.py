@@ -1,6 +1,7 @@
 """POST /generate as trainers call it (SGLang's form): texts or token ids in, tokens with log-probabilities out.
 
-Log-probabilities are of the model itself, before temperature and filters. Every mistake is an InvalidRequest.
+Log-probabilities are of the model itself, before temperature and filters, unless `logprobs_mode` asks for those of the
+law that tokens are drawn from. Every mistake is an InvalidRequest.
 """
 
 import time
@@ -17,10 +18,11 @@ from server.api.fields import Fields, known_fields, shown_json
 from server.api.foreign_schemas import GENERATE_ANSWER, GENERATE_REQUEST
 from server.api.generation import Choice, Delta, Generation, Job
 from server.api.logprobs import finite
+from server.api.no_tokenizer import NoTokenizer, check_speaks
 from server.api.openapi import GENERATION_ERRORS, operation
 from server.api.prompts import MAX_PROMPTS, PROMPT_FIELDS, PromptReader
 from server.api.requests import check_model, generate, read_request_id, refuse_unserved
-from server.api.sampling import MAX_CHOICES, SAMPLING_FIELDS, read_num_logprobs, read_sampling
+from server.api.sampling import MAX_CHOICES, SAMPLING_FIELDS, read_logprobs_mode, read_num_logprobs, read_sampling
 from server.api.services import Services
 from server.api.terms import TERM_FIELDS, read_salt, read_terms
 from server.api.transport import encode_event
@@ -33,13 +35,13 @@ _UNSERVED = ("input_embeds", "image_data", "video_data", "audio_data", "token_id
 _UNSERVED_SAMPLING = ("stop_regex", "structural_tag", "beam_width")
 _REQUEST = known_fields(
     *("model", "text", "input_ids", "sampling_params", "stream", "rid", "extra_key"),
-    *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"),
+    *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs", "logprobs_mode"),
     *PROMPT_FIELDS,
     *TERM_FIELDS,
     *_UNSERVED,
 )
 _SAMPLING = known_fields(
-    *("max_new_tokens", "min_new_tokens", "sampling_seed", "no_stop_trim"),
+    *("max_new_tokens", "min_new_tokens", "sampling_seed", "no_stop_trim", "logprobs_mode"),
     *SAMPLING_FIELDS,
     *MASK_FIELDS,
     *_UNSERVED_SAMPLING,
@@ -59,6 +61,10 @@ class GenerateJob(Job):
     is_single: bool
     start: int
     shows_text: bool
+
+    def needs_scores(self) -> bool:
+        """An aborted request tells what it has."""
+        return False
 
 
 def add_generate_routes(app: FastAPI, services: Services) -> None:
@@ -88,6 +94,10 @@ def read_generate_job(fields: Fields, services: Services) -> GenerateJob:
     sampling = _read_sampling(params, services)
     num_top = read_num_logprobs(fields, "top_logprobs_num", services.limits) or 0
     start = fields.integer("logprob_start_len", -1, -1, services.limits.max_model_len) or 0
+    mode = read_logprobs_mode(fields, read_logprobs_mode(params, sampling.logprobs_mode))
+    sampling = replace(sampling, logprobs_mode=mode)
+    if sampling.stop:
+        check_speaks(services.tokenizer)
     if fields.boolean("return_logprob", False):
         sampling = replace(sampling, logprobs=num_top, prompt_logprobs=None if start < 0 else num_top)
     key, stream, shows_text = read_salt(fields, "extra_key"), *(fields.boolean(name, False) for name in _FLAGS)
@@ -159,6 +169,7 @@ class _Output:
 
     def __init__(self, name: str, choice: Choice, prompt: list[int], job: GenerateJob, tokenizer: Tokenizer):
         self._name, self._choice, self._prompt, self._job, self._tokenizer = name, choice, prompt, job, tokenizer
+        self._has_text = not isinstance(tokenizer, NoTokenizer)
         self._started_at = time.perf_counter()
         self._text: list[str] = []
         self._ids: list[int] = []
@@ -168,7 +179,8 @@ class _Output:
 
     def take(self, delta: Delta) -> None:
         """Add a delta."""
-        if not self._text and self._job.sampling.prompt_logprobs is not None:
+        is_scored = len(delta.prompt_logprobs) == len(self._prompt) - 1
+        if not self._text and self._job.sampling.prompt_logprobs is not None and is_scored:
             of_first: Score = (None, self._prompt[0], self._text_of(self._prompt[0]))
             scores, top = self._score(self._prompt[1:], delta.prompt_logprobs)
             self._input = [of_first, *scores][self._job.start :], [None, *top][self._job.start :]
@@ -195,6 +207,8 @@ class _Output:
             "prompt_tokens": len(self._prompt),
             "completion_tokens": len(self._ids),
             "cached_tokens": min(choice.num_cached, len(self._prompt)),
+            "weight_version": choice.weight_version,
+            "weight_versions": choice.version_spans(),
             "e2e_latency": time.perf_counter() - self._started_at,
             "spec_verify_ct": choice.num_steps,
             "spec_accept_token_num": choice.num_accepted,
@@ -206,7 +220,7 @@ class _Output:
             meta |= {"input_token_logprobs": self._input[0], "output_token_logprobs": self._output[0]}
         if num_top and self._end is not None:
             meta |= {"input_top_logprobs": self._input[1], "output_top_logprobs": self._output[1]}
-        return {"text": "".join(self._text), "output_ids": self._ids, "meta_info": meta}
+        return {"text": "".join(self._text) if self._has_text else None, "output_ids": self._ids, "meta_info": meta}
 
     def _score(self, token_ids: list[int], entries: list[TokenLogprobs]) -> tuple[list[Score], list[Any]]:
         scores: list[Score] = []
@@ -218,7 +232,8 @@ class _Output:
         return scores, top
 
     def _text_of(self, token_id: int) -> str | None:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False) if self._job.shows_text else None
+        is_told = self._job.shows_text and self._has_text
+        return self._tokenizer.decode([token_id], skip_special_tokens=False) if is_told else None
 
 
 class GenerateAnswer:

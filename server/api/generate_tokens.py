@@ -12,18 +12,31 @@ from server.api.fields import Fields, known_fields, shown_json
 from server.api.foreign_schemas import TOKENS_ANSWER, TOKENS_REQUEST
 from server.api.generation import Choice, Delta, Job
 from server.api.logprobs import chat_logprobs
+from server.api.no_tokenizer import NoTokenizer, check_speaks
 from server.api.openapi import GENERATION_ERRORS, operation
 from server.api.prompts import PROMPT_FIELDS
 from server.api.requests import ANSWER_FIELDS, check_model, generate, read_stream
-from server.api.sampling import MAX_CHOICES, SAMPLING_FIELDS, read_max_tokens, read_num_logprobs, read_sampling
+from server.api.sampling import (
+    MAX_CHOICES,
+    SAMPLING_FIELDS,
+    read_logprobs_mode,
+    read_max_tokens,
+    read_num_logprobs,
+    read_sampling,
+)
 from server.api.services import Services
 from server.api.terms import TERM_FIELDS, read_terms
 from server.errors import InvalidRequest
 from server.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16
-_REQUEST = known_fields("token_ids", "sampling_params", "prompt_logprobs", *ANSWER_FIELDS, *PROMPT_FIELDS, *TERM_FIELDS)
-_SAMPLING = known_fields(*SAMPLING_FIELDS, *MASK_FIELDS)
+_REQUEST = known_fields(
+    *("token_ids", "sampling_params", "prompt_logprobs", "logprobs_mode"),
+    *ANSWER_FIELDS,
+    *PROMPT_FIELDS,
+    *TERM_FIELDS,
+)
+_SAMPLING = known_fields("logprobs_mode", *SAMPLING_FIELDS, *MASK_FIELDS)
 
 
 def add_token_routes(app: FastAPI, services: Services) -> None:
@@ -50,13 +63,18 @@ def read_tokens_job(fields: Fields, services: Services) -> Job:
     check_model(fields, services)
     params, limits = Fields(_SAMPLING, fields.raw("sampling_params") or b"{}", "sampling_params"), services.limits
     default = min(_DEFAULT_MAX_TOKENS, limits.max_model_len)
+    mode = read_logprobs_mode(fields, read_logprobs_mode(params, limits.defaults.logprobs_mode))
     sampling = replace(
         read_sampling(params, limits),
+        logprobs_mode=mode,
         max_tokens=read_max_tokens(params, ("max_tokens",), default, limits),
         logprobs=read_num_logprobs(params, "logprobs", limits),
         **read_masks(params, services.tokenizer, limits.vocab_size),
     )
-    how = {**read_stream(fields), "return_token_ids": True, "num_prompt_logprobs": sampling.prompt_logprobs}
+    if sampling.stop:
+        check_speaks(services.tokenizer)
+    how = {**read_stream(fields), "return_token_ids": True, "return_versions": True}
+    how["num_prompt_logprobs"] = sampling.prompt_logprobs
     n, terms, raw = params.integer("n", 1, 1, MAX_CHOICES) or 1, read_terms(fields), fields.raw("token_ids")
     if raw[:1] != b"[" or raw[1:].lstrip()[:1] in b'["':
         raise InvalidRequest(f"token_ids is {shown_json(raw)}, it must be a list of token ids", "token_ids")
@@ -75,6 +93,7 @@ class TokensFormat:
 
     def __init__(self, tokenizer: Tokenizer, job: Job):
         self._tokenizer, self._num_top = tokenizer, job.sampling.logprobs
+        self._names_ids = job.tokens_as_ids or isinstance(tokenizer, NoTokenizer)
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """One chunk."""
@@ -91,7 +110,11 @@ class TokensFormat:
     def _describe(self, deltas: list[Delta]) -> dict[str, Any]:
         scores = None
         if self._num_top is not None:
-            parts = [chat_logprobs(self._tokenizer, delta, self._num_top)["content"] for delta in deltas]
-            scores = {"content": [entry for part in parts for entry in part]}
+            scores = {"content": [entry for delta in deltas for entry in self._score(delta, self._num_top)]}
         last = deltas[-1]
         return {"logprobs": scores, "finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
+
+    def _score(self, delta: Delta, num_top: int) -> list[dict[str, Any]]:
+        """The chat form of log-probabilities, with the id of each token."""
+        entries = chat_logprobs(self._tokenizer, delta, num_top, self._names_ids)["content"]
+        return [{"token_id": token_id, **entry} for token_id, entry in zip(delta.token_ids, entries, strict=True)]

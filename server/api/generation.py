@@ -7,6 +7,7 @@ it. Knows neither JSON shapes nor HTTP.
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.api.engine_client import EngineClient
 from server.api.metrics import Metrics, RequestClock
@@ -31,6 +32,7 @@ class Job:
 
     Of the choices of a prompt the `num_kept` with the highest log-probability per token are told, None: all. With
     `return_token_ids` the answer has the ids of prompts and outputs, with `return_spec` where each token came from.
+    With `return_versions` each choice tells which of its tokens were made by which weights.
     `tokens_as_ids` spells tokens as ids where they stand beside log-probabilities. `num_prompt_logprobs` alternatives
     are told for each prompt token, None: nothing. `request_id` is the client's own name for the request, and
     `prompt_names` are those for its prompts, where each has one.
@@ -46,6 +48,7 @@ class Job:
     num_kept: int | None = None
     return_token_ids: bool = False
     return_spec: bool = False
+    return_versions: bool = False
     tokens_as_ids: bool = False
     num_prompt_logprobs: int | None = None
     request_id: str = ""
@@ -55,6 +58,11 @@ class Job:
         """For one choice: what is told its text, token by token, and says whether that is all that counts. None where
         only the model and the sampling settings end it."""
         return None
+
+    def needs_scores(self) -> bool:
+        """Whether the prompt's log-probabilities, where they are asked for, cannot be left out when the request is
+        aborted before there are any."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -103,11 +111,29 @@ class Choice:
         self.num_steps = 0
         self.drafted_steps: list[tuple[int, int]] = []  # drafts proposed and accepted, of steps that had any
         self.finish_reason: str | None = None
+        self.weight_version: str | None = None  # of the newest tokens
+        self._versions: list[tuple[str, int]] = []  # with the number of tokens before it
 
     @property
     def num_tokens(self) -> int:
         """Output tokens so far, a stop token included."""
         return self._detokenizer.num_used
+
+    def begin_version(self, weight_version: str) -> None:
+        """What comes next was made by these weights."""
+        self.weight_version = weight_version
+        self._versions.append((weight_version, self.num_tokens))
+
+    def version_spans(self) -> list[dict[str, Any]]:
+        """Which tokens so far were made by which weights: {version, start, end} in their order, end not included."""
+        spans: list[dict[str, Any]] = []
+        ends = [start for _, start in self._versions[1:]] + [self.num_tokens]
+        for (version, start), end in zip(self._versions, ends, strict=False):
+            if spans and spans[-1]["version"] == version:
+                spans[-1]["end"] = end
+            elif end > start:
+                spans.append({"version": version, "start": start, "end": end})
+        return spans
 
     def take(self, output: TokenOutput) -> Delta:
         """The delta of one output. A stop string ends the choice even where the engine would go on."""
@@ -197,6 +223,8 @@ class Generation:
                     choice = self.choices[int(output.request_id.rpartition("-")[2])]
                     if output.finish_reason == FINISH_ABORT and self._lacks_scores(choice):
                         raise InvalidRequest("the request was aborted before its prompt was scored")
+                    if choice.weight_version is not outputs.weight_version:
+                        choice.begin_version(outputs.weight_version)
                     delta = choice.take(output)
                     if delta.finish_reason is not None and output.finish_reason is None:
                         outputs.abort(output.request_id)
@@ -211,7 +239,8 @@ class Generation:
 
     def _lacks_scores(self, choice: Choice) -> bool:
         """Whether the scores of the prompt, which come with the first token, were asked for and have not come."""
-        return self.job.sampling.prompt_logprobs is not None and choice.num_tokens == 0
+        is_asked = self.job.sampling.prompt_logprobs is not None and self.job.needs_scores()
+        return is_asked and choice.num_tokens == 0
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object so far: each prompt counts once, the choices add up."""

@@ -38,6 +38,11 @@ _NOT_ALIASED = (
     "prefix_cache_host_bytes_used",
     "prefix_cache_host_hits",
     "prefix_cache_host_refused",
+    "is_paused",
+    "weights_info",
+    "mtp_stale",
+    "weight_updates",
+    "spec_decode_acceptance_per_pos_since_update",
 )
 _DRAFT_STEPS = "spec_decode_num_draft_steps"
 # What the others call something else. Their accept length is 1 + accepted / drafts, of steps with drafts alone.
@@ -213,6 +218,7 @@ class _EngineCollector(Collector):
         yield from self._scheduling(stats)
         yield from self._prefix_cache(stats)
         yield from self._speculation(stats)
+        yield from self._weights(stats)
         yield self._counter("request_timeouts", "Requests ended because their time was over.", stats.num_timeouts)
         yield self._counters("engine_faults", "What self-diagnosis found.", "kind", stats.faults)
 
@@ -263,6 +269,24 @@ class _EngineCollector(Collector):
         gain = "Tokens per second over plain decoding, "
         yield self._gauge(name + "predicted_gain", gain + "as the planner expects.", stats.predicted_gain)
         yield self._gauge(name + "measured_gain", gain + "as it turned out.", stats.measured_gain)
+
+    def _weights(self, stats: EngineStats) -> Iterable[Metric]:
+        names = ("weight_version", "mtp_weight_version")
+        info = GaugeMetricFamily(OWN_PREFIX + "weights_info", "Which weights serve.", labels=(*_LABELS, *names))
+        info.add_metric((*self._labels, stats.weight_version, stats.mtp_weight_version), 1)
+        yield info
+        yield self._gauge("mtp_stale", "Whether the target has changed since the draft head has.", stats.mtp_stale)
+        yield self._gauge("is_paused", "Whether the engine is paused.", stats.is_paused)
+        yield self._counter("weight_updates", "Changes of the weights since start.", stats.num_weight_updates)
+        share = GaugeMetricFamily(
+            OWN_PREFIX + "spec_decode_acceptance_per_pos_since_update",
+            "Share of the drafts accepted since the weights have changed, by draft.",
+            labels=(*_LABELS, "position"),
+        )
+        counts = zip(*stats.drafts_by_version.get(stats.weight_version, ((), ())), strict=True)
+        for position, (proposed, accepted) in enumerate(counts):
+            share.add_metric((*self._labels, str(position)), accepted / max(1, proposed))
+        yield share
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(OWN_PREFIX + name, help, labels=_LABELS)

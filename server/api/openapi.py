@@ -53,10 +53,12 @@ def operation(
     errors: Sequence[type[TandemError]] = (),
     parameters: Sequence[Schema] = (),
     failure: Schema = ERROR,
+    needs_body: bool = True,
 ) -> dict[str, Any]:
-    """Keywords for a route's decorator: the `request` and the `answer` as JSON schemas (an answer without one may be
-    anything, one without a content type is empty), whether the answer may be a stream of events, the errors besides a
-    missing key, and the `failure` that all of them are."""
+    """Keywords for a route's decorator: the `request` and the `answer` as JSON schemas (a request may come without a
+    body unless it `needs_body`, an answer without a schema may be anything, one without a content type is empty),
+    whether the answer may be a stream of events, the errors besides a missing key, and the `failure` that all of them
+    are."""
     content: dict[str, Any] = {} if content_type is None else {content_type: {"schema": answer or {}}}
     if streams:
         content[_EVENTS] = {"schema": {"type": "string"}}
@@ -67,7 +69,7 @@ def operation(
         responses[error.status] = {"description": description, "content": {_JSON: {"schema": failure}}}
     extra: dict[str, Any] = {"parameters": list(parameters)} if parameters else {}
     if request is not None:
-        extra["requestBody"] = {"required": True, "content": {_JSON: {"schema": request}}}
+        extra["requestBody"] = {"required": needs_body, "content": {_JSON: {"schema": request}}}
     plain = {} if content_type == _JSON else {"response_class": Response}
     return {"responses": responses, "openapi_extra": extra, **plain}
 

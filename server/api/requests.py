@@ -17,6 +17,7 @@ from server.api.error_bodies import CLIENT_CLOSED
 from server.api.exchange import exchange_of
 from server.api.fields import Fields, known_fields, require_boolean, shown
 from server.api.generation import Generation, Job
+from server.api.no_tokenizer import check_speaks
 from server.api.prompts import PROMPT_FIELDS
 from server.api.sampling import SAMPLING_FIELDS
 from server.api.services import Services
@@ -145,6 +146,7 @@ def read_request_id(fields: Fields, name: str) -> str:
 def read_fields(body: bytes, services: Services) -> Fields:
     """The fields of a request for the served model. Raises NotFound for another model, InvalidRequest."""
     fields = Fields(_REQUEST, body)
+    check_speaks(services.tokenizer)
     check_model(fields, services)
     refuse_unserved(fields, _UNSERVED)
     return fields

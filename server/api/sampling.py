@@ -15,7 +15,7 @@ import msgspec
 from server.api.fields import INT64_MAX, INT64_MIN, Fields, known_fields, require_integer, require_number
 from server.config import NEUTRAL, OF_THE_CHECKPOINT
 from server.errors import CheckpointError, ConfigError, InvalidRequest
-from server.messages import MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
+from server.messages import LOGPROBS_MODES, MAX_BIASES, MAX_STOP_TOKEN_IDS, SamplingParams
 
 SHAPE_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAMPLING_FIELDS = (
@@ -135,6 +135,15 @@ def read_num_logprobs(fields: Fields, name: str, limits: Limits) -> int | None:
     if vocab_size > most:
         raise InvalidRequest(f"{name} is -1, all {vocab_size} tokens; the limit is {most} (--max-logprobs)", name)
     return vocab_size
+
+
+def read_logprobs_mode(fields: Fields, default: str) -> str:
+    """What log-probabilities are asked of: of the model's own law, or of the one that tokens are drawn from."""
+    mode = fields.text("logprobs_mode", default)
+    if mode not in LOGPROBS_MODES:
+        name = fields.name("logprobs_mode")
+        raise InvalidRequest(f"{name} is {mode[:60]!r}, it must be one of {', '.join(LOGPROBS_MODES)}", name)
+    return mode
 
 
 def choice_sampling(sampling: SamplingParams, index: int) -> SamplingParams:

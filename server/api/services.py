@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from server.api.engine_client import EngineClient
@@ -72,7 +72,7 @@ def build_services(
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             mtp_step=ready.mtp_step,
-            defaults=defaults,
+            defaults=replace(defaults, logprobs_mode=config.logprobs_mode),
             max_logprobs=ready.vocab_size if config.max_logprobs < 0 else config.max_logprobs,
         ),
         prompts=PromptReader(

@@ -11,13 +11,15 @@ from server.api.error_bodies import error_response
 from server.api.openapi import operation
 from server.api.services import Services
 from server.errors import EngineDead, QueueFull
+from server.messages import EngineStats
 from server.versions import read_versions
 
 _GENERATES_WITHIN = 5.0
 
 
 def add_status_routes(app: FastAPI, services: Services) -> None:
-    """GET /health, /health_generate, /ping, /ready, /load, /metrics, /version, /server_info and /model_info."""
+    """GET /health, /health_generate, /ping, /ready, /load, /metrics, /version, /server_info, /model_info and
+    /get_weight_version."""
     _add_probes(app, services)
     _add_figures(app, services)
     _add_descriptions(app, services)
@@ -72,7 +74,7 @@ def _add_figures(app: FastAPI, services: Services) -> None:
 
 
 def _add_descriptions(app: FastAPI, services: Services) -> None:
-    """What does not change, also under SGLang's older names."""
+    """What is served, also under SGLang's older names."""
 
     @app.get("/get_server_info", **operation())
     @app.get("/server_info", **operation())
@@ -83,9 +85,32 @@ def _add_descriptions(app: FastAPI, services: Services) -> None:
     @app.get("/get_model_info", **operation())
     @app.get("/model_info", **operation())
     async def model_info() -> dict[str, Any]:
-        """Where the model and its tokenizer come from, and that it generates."""
+        """Where the model and its tokenizer come from, that it generates, and which weights serve."""
         directory = services.engine_config.model
-        return {"model_path": directory, "tokenizer_path": directory, "is_generation": True}
+        return {
+            "model_path": directory,
+            "tokenizer_path": directory,
+            "is_generation": True,
+            **describe_weights(services.client.stats),
+        }
+
+    @app.get("/get_weight_version", **operation())
+    async def get_weight_version() -> dict[str, str]:
+        """What the weights that serve are called."""
+        return {"weight_version": services.client.stats.weight_version}
+
+
+def describe_weights(stats: EngineStats) -> dict[str, Any]:
+    """The versions that serve, and drafts proposed and accepted per position under each of the newest."""
+    return {
+        "weight_version": stats.weight_version,
+        "mtp_weight_version": stats.mtp_weight_version,
+        "mtp_stale": stats.mtp_stale,
+        "drafts_by_version": {
+            version: {"proposed": proposed, "accepted": accepted}
+            for version, (proposed, accepted) in stats.drafts_by_version.items()
+        },
+    }
 
 
 def describe_server(services: Services) -> dict[str, Any]:
@@ -95,6 +120,7 @@ def describe_server(services: Services) -> dict[str, Any]:
         "model_names": list(services.model_names),
         "created": services.created,
         **ready,
+        **describe_weights(services.client.stats),
         "settings": {**_settings(services.engine_config), **_settings(services.config)},
         "versions": read_versions(),
     }

@@ -19,8 +19,8 @@ from server.errors import InvalidRequest, QueueFull, RequestTimeout, TandemError
 MAX_BODY_BYTES = 4 * 2**20
 # Bodies that have come in, whole or in part, and have not been read yet.
 MAX_HELD_BYTES = 64 * MAX_BODY_BYTES
-# A body over the limit is read on and thrown away up to here, so that the client sees the answer and not a reset.
-_MAX_DISCARDED_BYTES = 16 * MAX_BODY_BYTES
+# So much of a body over the limit is read on and thrown away, so that the client sees the answer and not a reset.
+_MAX_DISCARDED_BYTES = 15 * MAX_BODY_BYTES
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 _JSON_TYPES = ("", "application/json")
@@ -33,17 +33,19 @@ class ClientGone(Exception):
 
 
 class BodyReader:
-    """Reads request bodies, each within `timeout` seconds. The `num_held` bytes that it holds of all are bounded."""
+    """Reads request bodies of up to `max_body_bytes`, each within `timeout` seconds. The `num_held` bytes that it holds
+    of all are bounded."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, max_body_bytes: int = MAX_BODY_BYTES, max_held_bytes: int = MAX_HELD_BYTES):
         self._timeout = timeout
+        self._max_body_bytes, self._max_held_bytes = max_body_bytes, max_held_bytes
         self.num_held = 0
 
     @asynccontextmanager
     async def hold(self, receive: Receive, content_type: str) -> AsyncGenerator[bytes, None]:
         """The whole request body, for as long as it is needed.
 
-        Raises InvalidRequest over 4 MiB or for another content type, RequestTimeout, QueueFull, ClientGone.
+        Raises InvalidRequest if it is too long or of another content type, RequestTimeout, QueueFull, ClientGone.
         """
         chunks: list[bytes] = []
         try:
@@ -63,20 +65,20 @@ class BodyReader:
 
     async def _fill(self, chunks: list[bytes], receive: Receive) -> None:
         size, more = 0, True
-        while more and size <= _MAX_DISCARDED_BYTES:
+        while more and size <= self._max_body_bytes + _MAX_DISCARDED_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
-            if size <= MAX_BODY_BYTES:
+            if size <= self._max_body_bytes:
                 chunks.append(chunk)
                 self.num_held += len(chunk)
-            if self.num_held > MAX_HELD_BYTES:
-                raise QueueFull(f"bodies of more than {MAX_HELD_BYTES} bytes are waiting; try again later")
-        if size > MAX_BODY_BYTES:
+            if self.num_held > self._max_held_bytes:
+                raise QueueFull(f"bodies of more than {self._max_held_bytes} bytes are waiting; try again later")
+        if size > self._max_body_bytes:
             raise InvalidRequest(
-                f"the body has {size} bytes or more, the limit is {MAX_BODY_BYTES}; send fewer prompts"
+                f"the body has {size} bytes or more, the limit is {self._max_body_bytes}; send less at a time"
             )
 
 

@@ -63,13 +63,14 @@ class Serving:
         defaults: SamplingParams | None = None,
         config: ServerConfig | None = None,
         observers: Sequence[Callable[[Exchange], None]] = (),
+        engine_config: EngineConfig | None = None,
     ):
         self.engine = engine
         self.channel = InlineChannel(self.engine)
         self.tokenizer = tokenizer
         self.client = EngineClient(self.channel, self.engine.ready, max_requests)
         self.services: Services = build_services(
-            "tiny", 1700000000, tokenizer, self.client, defaults or SamplingParams(), config
+            "tiny", 1700000000, tokenizer, self.client, defaults or SamplingParams(), config, engine_config
         )
         self.app: FastAPI = build_app(self.services, observers)
         self.http: TestClient

@@ -1,8 +1,10 @@
 """An engine that answers what a test tells it to, in steps of random sizes."""
 
+import math
 import random
 from collections.abc import Sequence
 
+from server.control import Control, Done
 from server.messages import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -21,6 +23,9 @@ class ScriptedEngine:
     """Gives every request the tokens of `script` up to its max_tokens, 1..MTP_STEP + 1 at a time. `requests` records
     what was asked."""
 
+    is_changing = False  # it has no weights
+    patience = math.inf
+
     def __init__(self, vocab_size: int, eos_id: int, seed: int = 0):
         self.ready = Ready(MAX_MODEL_LEN, vocab_size, (eos_id,), MTP_STEP)
         self.script: Sequence[int] = [eos_id]
@@ -36,6 +41,14 @@ class ScriptedEngine:
     def abort(self, request_id: str) -> None:
         """Forget a request."""
         self._outputs.pop(request_id, None)
+
+    def control(self, command: Control) -> None:
+        """Nobody tells it anything."""
+        raise NotImplementedError(command)
+
+    def take_done(self) -> list[Done]:
+        """Nothing."""
+        return []
 
     def has_work(self) -> bool:
         """Whether a request runs."""

@@ -126,16 +126,20 @@ def test_a_request_that_has_no_token_yet_ends_too(make_serving: Callable[..., Se
         transport = httpx.ASGITransport(serving.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             scored = {**BY_RID[1], "return_logprob": True, "logprob_start_len": 0}
-            tasks = [asyncio.create_task(http.post(GENERATE, json=fields)) for fields in (BY_RID[1], scored)]
-            while serving.client.num_in_flight < 2:
+            echoed = {"prompt": ENDLESS, "prompt_logprobs": 1}
+            asked = [(GENERATE, BY_RID[1]), (GENERATE, scored), (COMPLETIONS, echoed)]
+            tasks = [asyncio.create_task(http.post(path, json=fields)) for path, fields in asked]
+            while serving.client.num_in_flight < 3:
                 await asyncio.sleep(0.001)
-            assert (await http.post("/abort_request", json={"abort_all": True})).json() == {"num_aborted": 2}
+            assert (await http.post("/abort_request", json={"abort_all": True})).json() == {"num_aborted": 3}
             return [await task for task in tasks]
 
-    plain, scored = asyncio.run(run_in_time(talk()))
-    assert (plain.json()["text"], plain.json()["output_ids"]) == ("", [])
-    assert plain.json()["meta_info"]["finish_reason"]["type"] == "abort"
-    check_error(scored, 400, None, "aborted before its prompt was scored")
+    plain, scored, echoed = asyncio.run(run_in_time(talk()))
+    for answer in (plain, scored):
+        assert (answer.json()["text"], answer.json()["output_ids"]) == ("", [])
+        assert answer.json()["meta_info"]["finish_reason"]["type"] == "abort"
+    assert scored.json()["meta_info"]["input_token_logprobs"] == []
+    check_error(echoed, 400, None, "aborted before its prompt was scored")
 
 
 def test_nobody_is_ended_by_a_name_that_nobody_has(serving: Serving) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.control import Done, Resume
 from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import Abort, Failed, Generate, SamplingParams, StepReport, TokenOutput
 from unit_tests.server.api.conftest import Serving
@@ -157,6 +158,63 @@ def test_a_failure_ends_every_request_and_refuses_new_ones(make_serving) -> None
                 serving.client.submit([_generate("b")])
 
     asyncio.run(talk())
+
+
+def test_a_command_is_awaited_however_long_it_takes_and_its_answer_is_its_own(make_serving) -> None:
+    serving: Serving = make_serving()
+    client = serving.client
+
+    def report(*ids: str) -> StepReport:
+        return StepReport([], [], client.stats, [Done(control_id, {"id": control_id}) for control_id in ids])
+
+    async def talk() -> None:
+        first, second, third = (asyncio.create_task(client.control(Resume(name))) for name in "abc")
+        await asyncio.sleep(0)
+        assert serving.channel.sent == [Resume("a"), Resume("b"), Resume("c")]
+        third.cancel()
+        client._deliver(report("b", "unknown"))
+        assert (await second).values == {"id": "b"} and not first.done()
+        client._deliver(report("a", "c"))
+        assert (await first).values == {"id": "a"}
+        assert client._commands == {}
+
+    asyncio.run(talk())
+
+
+def test_commands_fail_when_the_engine_dies_and_after(make_serving) -> None:
+    client = make_serving().client
+
+    async def talk() -> None:
+        waiting = asyncio.create_task(client.control(Resume("a")))
+        await asyncio.sleep(0)
+        client.fail(EngineDead("gone"))
+        for attempt in (waiting, client.control(Resume("b"))):
+            with pytest.raises(EngineDead, match="gone"):
+                await attempt
+
+    asyncio.run(talk())
+
+
+def test_outputs_know_the_version_of_the_weights_that_made_them(make_serving) -> None:
+    client = make_serving().client
+
+    def report(version: str, *outputs: TokenOutput) -> StepReport:
+        return StepReport([*outputs], [], dataclasses.replace(client.stats, weight_version=version))
+
+    async def talk() -> list[tuple[str, list[int], str]]:
+        client._deliver(report("1"))
+        told = []
+        with client.submit([_generate("a"), _generate("b")]) as outputs:
+            assert outputs.weight_version == "1"
+            client._deliver(report("1", TokenOutput("a", [5])))
+            client._deliver(report("2"))
+            client._deliver(report("3", TokenOutput("b", [6]), TokenOutput("a", [7], finish_reason="stop")))
+            client._deliver(report("3", TokenOutput("b", [8], finish_reason="stop")))
+            async for output in outputs:
+                told.append((output.request_id, output.token_ids, outputs.weight_version))
+        return told
+
+    assert asyncio.run(talk()) == [("a", [5], "1"), ("b", [6], "3"), ("a", [7], "3"), ("b", [8], "3")]
 
 
 def test_draining_refuses_new_requests_and_ends_when_the_last_one_has(make_serving) -> None:

@@ -213,3 +213,15 @@ def test_the_whole_vocabulary_needs_the_operators_leave(make_serving, path: str)
         _ask(serving, path, prompt_logprobs=-1)
         _ask(serving, path, prompt_logprobs=VOCAB_SIZE)
     assert {message.sampling.prompt_logprobs for message in serving.channel.sent} == {VOCAB_SIZE}
+
+
+@PATHS
+@pytest.mark.parametrize("enable_rl", [False, True])
+def test_versions_of_the_weights_are_told_where_trainers_ask(make_serving: Any, path: str, enable_rl: bool) -> None:
+    serving = make_serving(config=ServerConfig(enable_rl=enable_rl))
+    spans = [{"version": "default", "start": 0, "end": 11}]
+    with serving.listening():
+        choices = _ask(serving, path, n=2)["choices"]
+        assert [choice.get("weight_versions") for choice in choices] == [spans if enable_rl else None] * 2
+        events = _stream(serving, path, n=2)
+        assert [_with(events, "weight_versions", index) for index in range(2)] == [[spans] * enable_rl] * 2

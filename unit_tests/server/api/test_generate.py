@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.config import ServerConfig
 from server.messages import Constraint
 from unit_tests.server.api.conftest import ScriptedServing, Serving
 from unit_tests.server.api.test_requests import check_error
@@ -211,3 +212,23 @@ def test_a_time_that_is_over_aborts(serving: Serving) -> None:
     output = ask(serving, {"max_new_tokens": 100}, input_ids=[FOREVER_ID], timeout=3)
     assert output["meta_info"]["finish_reason"]["type"] == "abort"
     assert output["meta_info"]["completion_tokens"] == len(output["output_ids"]) > 0
+
+
+def test_log_probabilities_are_of_the_law_that_the_server_or_the_request_says(make_serving: Any) -> None:
+    serving = make_serving(config=ServerConfig(logprobs_mode="processed_logprobs"))
+    with serving.listening():
+        modes = []
+        for params, fields in (
+            ({}, {}),
+            ({"logprobs_mode": "raw_logprobs"}, {}),
+            ({"logprobs_mode": "raw_logprobs"}, {"logprobs_mode": "processed_logprobs"}),
+        ):
+            ask(serving, params, input_ids=[70], return_logprob=True, **fields)
+            modes.append(serving.channel.sent[-1].sampling.logprobs_mode)
+    assert modes == ["processed_logprobs", "raw_logprobs", "processed_logprobs"]
+
+
+def test_the_version_of_the_weights_is_told(serving: Serving) -> None:
+    meta = ask(serving, {"max_new_tokens": 5}, input_ids=[70, 71])["meta_info"]
+    assert meta["weight_version"] == "default"
+    assert meta["weight_versions"] == [{"version": "default", "start": 0, "end": 5}]

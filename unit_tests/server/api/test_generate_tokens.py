@@ -73,3 +73,21 @@ def test_a_stream_adds_up_to_the_whole(serving: Serving, num_top: int | None) ->
 def test_a_wrong_value_is_named(serving: Serving, fields: dict[str, Any], param: str, message: str) -> None:
     check_error(serving.http.post(PATH, json={"token_ids": [5], **fields}), 400, param, message)
     assert serving.channel.sent == []
+
+
+def test_versions_and_ids_are_told_without_being_asked_for(serving: Serving) -> None:
+    params = {"max_tokens": 3, "logprobs": 0}
+    (choice,) = ask(serving, params)["choices"]
+    assert choice["weight_versions"] == [{"version": "default", "start": 0, "end": 3}]
+    assert [entry["token_id"] for entry in choice["logprobs"]["content"]] == choice["token_ids"] == [70, 71, 70]
+
+
+@pytest.mark.parametrize(("beside", "inside"), [({}, True), ({"logprobs_mode": "processed_logprobs"}, False)])
+def test_log_probabilities_may_be_of_the_law_that_is_drawn_from(
+    serving: Serving, beside: dict[str, str], inside: bool
+) -> None:
+    params = {"logprobs": 0, **({"logprobs_mode": "processed_logprobs"} if inside else {})}
+    ask(serving, params, **beside)
+    assert serving.channel.sent[-1].sampling.logprobs_mode == "processed_logprobs"
+    ask(serving, params, logprobs_mode="raw_logprobs")
+    assert serving.channel.sent[-1].sampling.logprobs_mode == "raw_logprobs"

@@ -105,6 +105,29 @@ def test_a_choice_closed_before_its_end_counts_as_aborted(tokenizer: Tokenizer, 
     assert b'tandem:num_requests_aborted_total{engine="0",model_name="tiny"} 1.0' in metrics.render()
 
 
+def test_spans_of_versions_join_and_leave_nothing_out(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams())
+    assert choice.version_spans() == []
+    told = [("a", 1), ("a", 2), ("b", 0), ("a", 1), ("c", 0), ("d", 3)]
+    for version, count in told:
+        if choice.weight_version != version:
+            choice.begin_version(version)
+        choice.take(TokenOutput("r", [5] * count))
+    expected = [{"version": "a", "start": 0, "end": 4}, {"version": "d", "start": 4, "end": 7}]
+    assert choice.version_spans() == expected
+    choice.begin_version("e")
+    assert choice.version_spans() == expected and choice.weight_version == "e"
+
+
+def test_a_span_ends_where_a_stop_string_cuts(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    first, *others = tokenizer.encode("the quick brown fox")
+    choice = _choice(tokenizer, metrics, SamplingParams(stop=(tokenizer.decode(others[:2]),)))
+    for version, ids in (("a", [first]), ("b", others[:6])):
+        choice.begin_version(version)
+        choice.take(TokenOutput("r", ids))
+    assert [(span["start"], span["end"]) for span in choice.version_spans()] == [(0, 1), (1, 3)]
+
+
 def test_every_token_of_a_step_has_an_origin(tokenizer: Tokenizer, metrics: Metrics) -> None:
     choice = _choice(tokenizer, metrics, SamplingParams())
     specs = [

@@ -251,3 +251,27 @@ def test_names_that_dashboards_query_are_there(serving: Serving) -> None:
         assert f"\n# TYPE vllm:{name} " in text, name
     assert "\n# TYPE http_requests_total counter" in text
     assert "\n# TYPE process_resident_memory_bytes gauge" in text
+
+
+def test_the_weights_that_serve_are_told_and_how_drafts_fare_with_them() -> None:
+    stats = EngineStats(
+        weight_version="8",
+        mtp_weight_version="7",
+        mtp_stale=True,
+        is_paused=True,
+        num_weight_updates=3,
+        drafts_by_version={"7": ((9, 9), (9, 9)), "8": ((4, 0), (3, 0))},
+    )
+    text = Metrics("tiny", lambda: stats).render().decode()
+    labels = 'engine="0",model_name="tiny"'
+    lines = [
+        f'tandem:weights_info{{{labels},mtp_weight_version="7",weight_version="8"}} 1.0',
+        f"tandem:mtp_stale{{{labels}}} 1.0",
+        f"tandem:is_paused{{{labels}}} 1.0",
+        f"tandem:weight_updates_total{{{labels}}} 3.0",
+        f'tandem:spec_decode_acceptance_per_pos_since_update{{{labels},position="0"}} 0.75',
+        f'tandem:spec_decode_acceptance_per_pos_since_update{{{labels},position="1"}} 0.0',
+    ]
+    assert [line for line in lines if line not in text.splitlines()] == []
+    assert text.count("tandem:weights_info{") == 1
+    assert not any(f"vllm:{name}" in text for name in ("weights_info", "mtp_stale", "is_paused", "weight_updates"))

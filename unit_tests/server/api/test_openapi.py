@@ -51,6 +51,11 @@ def test_a_request_a_stream_and_a_parameter_are_described() -> None:
     assert extra["parameters"][0]["name"] == "name"
 
 
+def test_a_body_may_be_left_out_where_nothing_in_it_is_needed() -> None:
+    bodies = [operation(request={}, needs_body=needs)["openapi_extra"]["requestBody"] for needs in (True, False)]
+    assert [body["required"] for body in bodies] == [True, False]
+
+
 def test_a_field_of_the_query_may_be_left_out() -> None:
     found = query_parameter("limit", {"type": "integer"})
     assert found == {"name": "limit", "in": "query", "required": False, "schema": {"type": "integer"}}

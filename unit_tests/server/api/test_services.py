@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+from server.config import ServerConfig
 from server.messages import SamplingParams
 
 
@@ -28,7 +29,9 @@ def test_a_slow_reader_does_not_hold_up_another(make_serving) -> None:
 
 
 def test_limits_are_the_engines(make_serving) -> None:
-    serving = make_serving(defaults=SamplingParams(temperature=0.5))
+    serving = make_serving(
+        defaults=SamplingParams(temperature=0.5), config=ServerConfig(logprobs_mode="processed_logprobs")
+    )
     ready, limits = serving.engine.ready, serving.services.limits
     assert (limits.max_model_len, limits.vocab_size) == (ready.max_model_len, ready.vocab_size)
-    assert limits.defaults.temperature == 0.5
+    assert limits.defaults == SamplingParams(temperature=0.5, logprobs_mode="processed_logprobs")

@@ -28,6 +28,12 @@ def test_health_is_200_until_the_engine_fails(serving: Serving, path: str) -> No
     check_error(serving.http.post("/v1/completions", json={"prompt": [5]}), 503, None, "gone")
 
 
+def test_a_paused_server_is_healthy(serving: Serving) -> None:
+    serving.client.stats = EngineStats(is_paused=True)
+    assert [serving.http.get(path).status_code for path in ("/health", "/ready", "/health_generate")] == [200] * 3
+    assert serving.channel.sent == []
+
+
 def test_ready_is_200_while_requests_are_admitted(serving: Serving) -> None:
     assert serving.http.get("/ready").status_code == 200
     assert serving.http.head("/ready").status_code == 200
@@ -69,8 +75,19 @@ def test_the_version_is_that_of_the_application(serving: Serving) -> None:
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
 def test_model_info_says_where_the_model_comes_from(serving: Serving, path: str) -> None:
     model = serving.services.engine_config.model
-    expected = {"model_path": model, "tokenizer_path": model, "is_generation": True}
+    serving.client.stats = EngineStats(
+        weight_version="7", mtp_weight_version="6", mtp_stale=True, drafts_by_version={"7": ((4, 2), (3, 1))}
+    )
+    versions = {
+        "weight_version": "7",
+        "mtp_weight_version": "6",
+        "mtp_stale": True,
+        "drafts_by_version": {"7": {"proposed": [4, 2], "accepted": [3, 1]}},
+    }
+    expected = {"model_path": model, "tokenizer_path": model, "is_generation": True, **versions}
     assert serving.http.get(path).json() == expected
+    assert versions.items() <= serving.http.get("/server_info").json().items()
+    assert serving.http.get("/get_weight_version").json() == {"weight_version": "7"}
 
 
 def test_server_info_has_an_older_name(serving: Serving) -> None:
@@ -78,7 +95,9 @@ def test_server_info_has_an_older_name(serving: Serving) -> None:
 
 
 def test_server_info_has_settings_and_sizes_and_no_secrets(make_serving) -> None:
-    config = ServerConfig(api_key=("sesame",), served_model_name=("a", "b"), max_queue=7)
+    config = ServerConfig(
+        api_key=("sesame",), admin_api_key="sesame-too", enable_rl=True, served_model_name=("a", "b"), max_queue=7
+    )
     serving = make_serving(config=config)
     with serving.listening():
         answer = serving.http.get("/server_info", headers={"x-api-key": "sesame"})

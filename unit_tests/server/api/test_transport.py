@@ -233,6 +233,13 @@ def test_a_body_over_the_limit_is_thrown_away_while_it_comes() -> None:
     assert reader.num_held == 0
 
 
+def test_a_reader_may_take_larger_bodies() -> None:
+    reader = BodyReader(DEADLINE_SECONDS, 2 * MAX_BODY_BYTES, 2 * MAX_BODY_BYTES)
+    assert len(asyncio.run(read(reader, body_of(*[bytes(MAX_BODY_BYTES)] * 2)))) == 2 * MAX_BODY_BYTES
+    with pytest.raises(InvalidRequest, match=f"the limit is {2 * MAX_BODY_BYTES}"):
+        asyncio.run(read(reader, body_of(*[bytes(MAX_BODY_BYTES)] * 3)))
+
+
 def test_the_bodies_of_many_slow_clients_take_bounded_memory() -> None:
     """Full bodies that stand waiting: one more than there is room for is refused, and room comes back."""
     num_fitting = MAX_HELD_BYTES // MAX_BODY_BYTES
