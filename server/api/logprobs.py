@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from server.api.generation import Delta
@@ -9,6 +10,8 @@ from server.messages import TokenLogprobs
 from server.tokenizer import Tokenizer
 
 _LOWEST = -9999.0
+# Tokens whose names are remembered: of each token told there are those of all its alternatives.
+_MAX_NAMES = 2**16
 
 
 def chat_logprobs(tokenizer: Tokenizer, delta: Delta, num_top: int, tokens_as_ids: bool = False) -> dict[str, Any]:
@@ -96,10 +99,10 @@ class CompletionLogprobs:
 
         Two ids may have the same text; the sampled one's value is the one that counts then.
         """
-        sampled = {self._name(token_id): finite(entry.logprob)}
-        entries = list(zip(entry.top_ids, entry.top_logprobs, strict=True))[: self._num_top]
-        best = {self._name(top_id): finite(logprob) for top_id, logprob in entries}
-        return sampled | best | sampled
+        own, names = self._name(token_id), map(self._name, entry.top_ids[: self._num_top])
+        told = {own: 0.0, **dict(zip(names, map(finite, entry.top_logprobs), strict=False))}
+        told[own] = finite(entry.logprob)
+        return told
 
     def _name(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._tokens_as_ids else completion_token(self._tokenizer, token_id)
@@ -117,6 +120,7 @@ def merge_completion_logprobs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {name: [value for part in parts for value in part[name]] for name in names}
 
 
+@lru_cache(_MAX_NAMES)
 def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as a dictionary key, so that tokens stay apart.
 
@@ -133,7 +137,7 @@ def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
 
 def finite(logprob: float) -> float:
     """`logprob`, at least -9999."""
-    return max(logprob, _LOWEST)
+    return logprob if logprob > _LOWEST else _LOWEST
 
 
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float, as_id: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The two shapes of log-probabilities, for tokens that are hard to write."""
 
+import copy
+
 import pytest
 
 from server.api.generation import Delta
@@ -58,8 +60,9 @@ def test_ids_without_a_token_stay_apart_and_the_sampled_tokens_value_wins(tokeni
 def test_of_two_tokens_with_the_same_text_the_sampled_ones_value_is_told(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "token_bytes", lambda _: b"same")
-    rendered = CompletionLogprobs(tokenizer, True, 3).render(_delta([70], TokenLogprobs(-5.0, [71], [-0.1])))
+    other = copy.copy(tokenizer)  # names are remembered by tokenizer
+    monkeypatch.setattr(other, "token_bytes", lambda _: b"same")
+    rendered = CompletionLogprobs(other, True, 3).render(_delta([70], TokenLogprobs(-5.0, [71], [-0.1])))
     assert rendered["top_logprobs"] == [{"same": -5.0}]
 
 
