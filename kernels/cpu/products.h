@@ -73,17 +73,17 @@ void multiply_tile(const F* x, const W* weight, F* y, int64_t K, int64_t stride,
     int64_t k = 0;
     for (; k + L <= K; k += L) {
         V w[COLS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) w[c] = load(weight + c * stride + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const V a = load(x + r * K + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < COLS; ++c) sums[r * COLS + c] += a * w[c];
         }
     }
     F totals[SUMS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int first = 0; first < SUMS; first += L) {
         add_lanes<L, L>(sums + first);
         std::memcpy(totals + first, sums + first, sizeof(V));
@@ -115,12 +115,12 @@ void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int6
     int64_t k = 0;
     for (; k + 32 <= K; k += 32) {
         __m512bh w[COLS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) w[c] = (__m512bh)_mm512_loadu_si512(weight + c * K + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * K + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < COLS; ++c) {
                 V& sum = sums[r * COLS + c];
                 sum = (V)_mm512_dpbf16_ps((__m512)sum, a, w[c]);
@@ -128,7 +128,7 @@ void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int6
         }
     }
     float totals[SUMS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int first = 0; first < SUMS; first += L) {
         add_lanes<L, L>(sums + first);
         std::memcpy(totals + first, sums + first, sizeof(V));
@@ -155,9 +155,8 @@ void multiply_columns(const F* x, const W* weight, F* y, int64_t M, int64_t K, i
     multiply_rows<COLS>(x, weight, y, M, K, K, N);
 }
 
-template <typename X, typename W, typename F>
+template <int64_t COLS, typename X, typename W, typename F>
 void multiply_tiles(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
-    constexpr int64_t COLS = 4;
     team.each((N + COLS - 1) / COLS, [=](int64_t tile) {
         const int64_t n = tile * COLS;
         if (n + COLS <= N)
@@ -167,10 +166,19 @@ void multiply_tiles(const Team& team, const X* x, const W* weight, F* y, int64_t
     });
 }
 
+// Few rows wait for memory, which is the faster the more places it is read at; more rows need the registers.
+template <typename X, typename W, typename F>
+void multiply_all(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
+    if (M <= 2)
+        multiply_tiles<8>(team, x, weight, y, M, K, N);
+    else
+        multiply_tiles<4>(team, x, weight, y, M, K, N);
+}
+
 // y [M, N] of x [M, K] against weight [N, K].
 template <typename W, typename F>
 void multiply(const Team& team, const F* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
-    multiply_tiles(team, x, weight, y, M, K, N);
+    multiply_all(team, x, weight, y, M, K, N);
 }
 
 #if defined(__AVX512BF16__)
@@ -179,7 +187,7 @@ inline void multiply(const Team& team, const float* x, const bf16* weight, float
     const std::unique_ptr<bf16[]> rows(new bf16[M * K]);
 #pragma omp simd
     for (int64_t i = 0; i < M * K; ++i) narrow(x[i], rows[i]);
-    multiply_tiles(team, static_cast<const bf16*>(rows.get()), weight, y, M, K, N);
+    multiply_all(team, static_cast<const bf16*>(rows.get()), weight, y, M, K, N);
 }
 #endif
 
