@@ -1,7 +1,8 @@
 """Commands for the tests, and a client that notes which version of the weights made each of its tokens."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,29 @@ from server.control import (
 )
 from server.engine import Engine
 from server.messages import Generate, SamplingParams, TokenOutput
-from unit_tests.server.engines import generate, make_engine
+from unit_tests.checkpoints import make_checkpoint
+from unit_tests.server.engines import assert_nothing_left, generate, make_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, seed=11, max_tokens=24, ignore_eos=True, logprobs=2)
 WAIT_SECONDS = 30
 PROMPTS = [list(range(20, 60)), list(range(100, 103)), [7] * 70]
 
 _names = map(str, itertools.count())
+
+
+def make_pair(root: Path) -> list[Path]:
+    """Two checkpoints of one shape."""
+    return [make_checkpoint(root / str(seed), num_layers=4, close_draft=True, seed=seed) for seed in (0, 1)]
+
+
+@contextmanager
+def serving(checkpoint: Path, mtp_step: int) -> "Iterator[Client]":
+    """The client of an engine that nothing is left in afterwards."""
+    settings = {"mtp_step": mtp_step, "prefix_cache": "on", "checkpoint_interval": 32, "page_size": 8}
+    engine = make_engine(checkpoint, **settings)
+    yield Client(engine)
+    assert_nothing_left(engine)
 
 
 def update_from(

@@ -23,39 +23,36 @@ from server.control import (
     WeightSource,
 )
 from server.messages import SamplingParams
-from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.commands import (
     GREEDY,
     PROMPTS,
+    SAMPLED,
     WAIT_SECONDS,
     Client,
     client_norm,
     cold_tokens,
     inline,
+    make_pair,
     pause,
     resume,
+    serving,
     start,
     update_from,
 )
 from unit_tests.server.engines import assert_nothing_left, make_engine
 
-SAMPLED = SamplingParams(temperature=0.8, seed=11, max_tokens=24, ignore_eos=True, logprobs=2)
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two of one shape."""
-    root = tmp_path_factory.mktemp("weights")
-    return [make_checkpoint(root / str(seed), num_layers=4, close_draft=True, seed=seed) for seed in (0, 1)]
+    return make_pair(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(params=[0, 3], ids=["plain", "speculative"])
 def client(checkpoints: list[Path], request: pytest.FixtureRequest) -> Iterator[Client]:
     """Of an engine that serves the first checkpoint."""
-    settings = {"mtp_step": request.param, "prefix_cache": "on", "checkpoint_interval": 32, "page_size": 8}
-    engine = make_engine(checkpoints[0], **settings)
-    yield Client(engine)
-    assert_nothing_left(engine)
+    with serving(checkpoints[0], request.param) as client:
+        yield client
 
 
 # Pauses.
@@ -296,11 +293,15 @@ def test_memory_is_given_back_and_taken_again(client: Client, checkpoints: list[
     client.do(pause("abort"))
     client.do(resume())
     assert client.do(ReleaseMemory("release"))["num_bytes"] > 0
+    stats = client.engine.stats()
+    assert (stats.is_frozen, stats.is_paused, stats.released_tags) == (True, False, MEMORY_TAGS_SORTED)
     client.add("late", PROMPTS[0])
     assert not client.engine.has_work() and client.engine.step() == []
     for command in (update_from(checkpoints[1]), ReadWeights("read", "model.norm.weight"), CheckWeights("check")):
         assert client.refusal(command)[0] == "Conflict"
     client.do(RestoreMemory("restore"))
+    stats = client.engine.stats()
+    assert (stats.is_frozen, stats.released_tags) == (False, ())
     client.finish()
     assert [client.tokens["late"]] == cold_tokens(checkpoints[0], PROMPTS[:1], GREEDY)
     client.do(BeginUpdate("begin"))
@@ -308,16 +309,57 @@ def test_memory_is_given_back_and_taken_again(client: Client, checkpoints: list[
     client.do(RollBackUpdate("back"))
 
 
+def test_memory_comes_back_when_nothing_works_beside_the_steps(
+    client: Client, checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, add = threading.Event(), WeightUpdate.add
+
+    def hang(update: WeightUpdate, name: str, tensor: Any) -> None:
+        may_go_on.wait(WAIT_SECONDS)
+        add(update, name, tensor)
+
+    client.do(ReleaseMemory("release", ("kv_cache",)))
+    client.do(BeginUpdate("begin"))
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightUpdate, "add", hang)
+        client.send(AddTensors("add", WeightSource("disk", path=str(checkpoints[1]))))
+        client.step()
+        client.send(RestoreMemory("restore"))
+        client.step()
+        assert not client.done and client.engine.stats().released_tags == ("kv_cache",)
+        may_go_on.set()
+        assert not client.await_done("add").error
+    assert client.await_done("restore").values["num_bytes"] > 0
+    client.do(CommitUpdate("commit"))
+
+
 def test_discarded_weights_must_come_again_before_anything_runs(client: Client, checkpoints: list[Path]) -> None:
     client.do(ReleaseMemory("release", ("weights",), discards_weights=True))
     client.add("late", PROMPTS[0])
     client.do(RestoreMemory("restore", ("weights",)))
-    assert not client.engine.has_work()
+    assert not client.engine.has_work() and client.engine.stats().is_frozen
     partial = update_from(checkpoints[1], is_partial=True)
     assert client.refusal(partial)[0] == "Conflict"
     client.do(update_from(checkpoints[1]))
     client.finish()
     assert [client.tokens["late"]] == cold_tokens(checkpoints[1], PROMPTS[:1], GREEDY)
+
+
+def test_a_group_that_does_not_come_together_can_be_left(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = JoinGroup("join", "g", "127.0.0.1", 1, 1, 2, "gloo")
+    came, gave_up = threading.Event(), Client(client.engine)
+    with monkeypatch.context() as patch:
+        patch.setattr("models.weight_transfer.groups.join", lambda *_: came.wait(WAIT_SECONDS))
+        gave_up.send(command)
+        gave_up.step()
+        assert gave_up.refusal(LeaveGroup("leave other", "h"))[0] == "Conflict" if came.is_set() else True
+        gave_up.send(LeaveGroup("leave", "g"))
+        gave_up.step(2)
+    done = {each.control_id: each for each in gave_up.done}
+    assert not done["leave"].error and done["join"].kind == "Conflict" and "before all" in done["join"].error
+    assert client.do(CheckWeights("check"))["checksum"]  # the worker is free
+    came.set()
+    assert client.refusal(LeaveGroup("leave", "g"))[0] == "Conflict"
 
 
 def test_groups_that_are_not_there(client: Client) -> None:

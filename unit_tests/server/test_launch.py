@@ -247,6 +247,28 @@ def test_trainers_pause_and_go_on_and_no_tokenizer_is_needed(start: Callable[...
     assert (answer["text"], answer["output_ids"]) == (None, [5, 6, 5])
 
 
+@pytest.mark.parametrize(("is_resumed", "reason"), [(True, "length"), (False, "abort")])
+def test_a_paused_server_that_drains_can_go_on_and_else_ends_requests_with_what_they_have(
+    start: Callable[..., Server], is_resumed: bool, reason: str
+) -> None:
+    program = START.replace("fake_engine:FakeEngine", "api.rl.trained_engine:TrainedEngine")
+    server = start("--enable-rl", "--drain-timeout", "60" if is_resumed else "0.2", program=program)
+    with server.stream([LONG_ID, 5]) as response:
+        lines = response.iter_lines()
+        next(lines)
+        with httpx.Client(base_url=server.http.base_url, timeout=DEADLINE_SECONDS) as other:
+            assert other.post("/pause", params={"mode": "keep"}).status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            if is_resumed:
+                wait_for(lambda: other.get("/health").status_code == 503, "draining")
+                assert other.post("/pause").status_code == 503
+                assert other.post("/resume").status_code == 200
+        last = [line for line in lines if line][-2:]
+    assert json.loads(last[0].removeprefix("data: "))["choices"][0]["finish_reason"] == reason
+    assert last[1] == "data: [DONE]"
+    assert server.process.wait(DEADLINE_SECONDS) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "warns"),
     [

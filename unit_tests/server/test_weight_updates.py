@@ -25,34 +25,32 @@ from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.commands import (
     GREEDY,
     PROMPTS,
+    SAMPLED,
     WAIT_SECONDS,
     Client,
     cold_tokens,
     inline,
+    make_pair,
     pause,
     resume,
+    serving,
     start,
     update_from,
 )
 from unit_tests.server.engines import assert_nothing_left, make_engine
 
-SAMPLED = SamplingParams(temperature=0.8, seed=11, max_tokens=24, ignore_eos=True, logprobs=2)
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two of one shape."""
-    root = tmp_path_factory.mktemp("weights")
-    return [make_checkpoint(root / str(seed), num_layers=4, close_draft=True, seed=seed) for seed in (0, 1)]
+    return make_pair(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(params=[0, 3], ids=["plain", "speculative"])
 def client(checkpoints: list[Path], request: pytest.FixtureRequest) -> Iterator[Client]:
     """Of an engine that serves the first checkpoint."""
-    settings = {"mtp_step": request.param, "prefix_cache": "on", "checkpoint_interval": 32, "page_size": 8}
-    engine = make_engine(checkpoints[0], **settings)
-    yield Client(engine)
-    assert_nothing_left(engine)
+    with serving(checkpoints[0], request.param) as client:
+        yield client
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

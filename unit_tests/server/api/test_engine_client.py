@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.control import Done, Resume
+from server.control import Control, Done, Pause, RestoreMemory, Resume, RollBackUpdate
 from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import Abort, Failed, Generate, SamplingParams, StepReport, TokenOutput
 from unit_tests.server.api.conftest import Serving
@@ -195,6 +195,26 @@ def test_commands_fail_when_the_engine_dies_and_after(make_serving) -> None:
     asyncio.run(talk())
 
 
+@pytest.mark.parametrize("command", [Resume("a"), RollBackUpdate("a"), RestoreMemory("a")])
+def test_what_lets_requests_go_on_passes_until_the_engine_has_failed(make_serving, command: Control) -> None:
+    client = make_serving().client
+
+    async def talk() -> None:
+        client.refuse(EngineDead("draining"))
+        with pytest.raises(EngineDead, match="draining"):
+            await client.control(Pause("b"))
+        waiting = asyncio.create_task(client.control(command))
+        await asyncio.sleep(0)
+        client._deliver(StepReport([], [], client.stats, [Done("a")]))
+        assert await waiting == Done("a")
+        client.fail(EngineDead("gone"))
+        client.refuse(EngineDead("draining"))
+        with pytest.raises(EngineDead, match="gone"):
+            await client.control(command)
+
+    asyncio.run(talk())
+
+
 def test_outputs_know_the_version_of_the_weights_that_made_them(make_serving) -> None:
     client = make_serving().client
 
@@ -267,6 +287,19 @@ def test_without_a_token_in_time_it_is_well_if_others_got_theirs(make_serving, i
         with pytest.raises(EngineDead, match=r"nothing in 0\.02 seconds"):
             asyncio.run(probe())
     assert serving.client.num_in_flight == 0
+
+
+def test_an_engine_that_was_paused_meanwhile_is_well(make_serving) -> None:
+    serving: Serving = make_serving()
+
+    async def probe() -> None:
+        probing = asyncio.create_task(serving.client.check_generates(0.02))
+        await asyncio.sleep(0)
+        assert serving.client.num_in_flight == 1
+        serving.client.stats = dataclasses.replace(serving.client.stats, is_frozen=True)
+        await probing
+
+    asyncio.run(probe())
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def test_health_is_200_until_the_engine_fails(serving: Serving, path: str) -> No
     check_error(serving.http.post("/v1/completions", json={"prompt": [5]}), 503, None, "gone")
 
 
-def test_a_paused_server_is_healthy(serving: Serving) -> None:
-    serving.client.stats = EngineStats(is_paused=True)
+def test_a_server_that_is_paused_or_has_no_memory_is_healthy(serving: Serving) -> None:
+    serving.client.stats = EngineStats(is_frozen=True)
     assert [serving.http.get(path).status_code for path in ("/health", "/ready", "/health_generate")] == [200] * 3
     assert serving.channel.sent == []
 

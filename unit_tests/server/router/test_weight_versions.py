@@ -46,6 +46,20 @@ def test_a_head_is_stale_until_it_is_updated_too() -> None:
     assert names(without_draft) == ("1", "default", False)
 
 
+def test_what_has_come_counts_and_not_what_it_is_called() -> None:
+    versions = make_versions()[1]
+    for touched_target, touched_draft, is_stale in [
+        (True, True, False),
+        (True, False, True),
+        (False, True, False),
+        (False, False, False),
+        (True, False, False),  # the target's part of what the head was the first part of
+        (True, False, True),
+    ]:
+        versions.update("latest", touched_target, touched_draft)
+        assert names(versions) == ("latest", "latest", is_stale)
+
+
 def test_a_new_name_is_the_heads_too_if_they_came_together() -> None:
     versions = make_versions()[1]
     versions.rename("a")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.control import MEMORY_TAGS, ReleaseMemory
+from server.control import MEMORY_TAGS, ReleaseMemory, RestoreMemory
 from unit_tests.server.api.rl.conftest import TrainedServing
 
 RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
@@ -21,7 +21,7 @@ def test_memory_goes_and_comes_by_tags(trained: TrainedServing) -> None:
     assert trained.engine.released == set(MEMORY_TAGS)
     assert is_sleeping(trained)
     trained.succeed(RESUME, {"tags": ["weights", "weights"]})
-    assert trained.engine.released == {"kv_cache", "cuda_graph"} and is_sleeping(trained)
+    assert trained.engine.released == {"kv_cache"} and is_sleeping(trained)
     trained.succeed(RESUME)
     assert not trained.engine.released and not is_sleeping(trained)
     assert trained.commands() == ["ReleaseMemory", "RestoreMemory", "RestoreMemory"]
@@ -76,7 +76,20 @@ def test_waking_up_may_take_steps(trained: TrainedServing) -> None:
 def test_taking_what_is_there_changes_nothing(trained: TrainedServing) -> None:
     trained.succeed("/pause_generation")
     trained.succeed(RESUME)
-    assert trained.commands() == ["Pause"]
+    trained.succeed("/wake_up")
+    assert trained.commands() == ["Pause", "RestoreMemory", "RestoreMemory"]
+    assert trained.engine.is_paused and not is_sleeping(trained)
+
+
+def test_what_could_not_come_back_can_be_asked_for_again(trained: TrainedServing) -> None:
+    trained.succeed("/sleep")
+    trained.engine.refusals[RestoreMemory] = ("out of memory for decode graphs", "ConfigError")
+    trained.engine.released = {"cuda_graph"}  # what is left when weights and caches have come back
+    assert "out of memory" in trained.refuse("/wake_up")["message"]
+    assert is_sleeping(trained) and trained.engine.is_paused
+    del trained.engine.refusals[RestoreMemory]
+    trained.succeed("/wake_up", tags="kv_cache")
+    assert not is_sleeping(trained) and not trained.engine.is_paused and not trained.engine.released
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ class TrainedEngine(FakeEngine):
             mtp_weight_version=self.mtp_version,
             mtp_stale=self.version != self.mtp_version,
             is_paused=self.is_paused,
+            is_frozen=self.is_paused or bool(self.released),
+            released_tags=tuple(self.released),
             num_weight_updates=self.num_updates,
             drafts_by_version={"default": ((8, 8), (6, 4)), self.version: ((4, 4), (3, 1))},
         )
