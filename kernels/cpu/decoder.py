@@ -24,7 +24,9 @@ from kernels.quantized_linear import QuantizedWeight, Weight
 MAX_HEAD_DIM = 1024  # of an attention head
 # Multiplications per layer below which the other cores are left to what else serving takes: a step of so few tokens of
 # so small a model ends in about a millisecond.
-_PARALLEL_PRODUCTS = 2**23
+_PARALLEL_PRODUCTS = 11 * 2**20
+# What a product in attention takes, in multiplications by weights.
+_ATTENTION_WEIGHT = 4
 _FUNCTIONS = {torch.bfloat16: "decoder_bfloat16", torch.float32: "decoder_float32", torch.float64: "decoder_float64"}
 _VECTOR_NAMES = ("input_norm", "post_norm", "q_norm", "k_norm", "conv", "a_log", "dt_bias", "delta_norm")
 _MATRIX_NAMES = ("in_proj", "out_proj", "gate_up", "down", "router", "shared_gate_up", "shared_down", "shared_gate")
@@ -162,6 +164,9 @@ class Decoder:
             *(_Layer(**_places(weights), cache_layer=index) for weights, index in layers)
         )
         self.num_products = sum(_count_products(weights, sizes) for weights, _ in layers) // len(layers)
+        num_attention = sum("q_norm" in weights for weights, _ in layers)
+        of_attention = 2 * sizes.heads * sizes.head_dim * num_attention
+        self._products_by_context = _ATTENTION_WEIGHT * of_attention // len(layers)
         self._dtype = front["embedding"].dtype
 
     def run(
@@ -215,9 +220,14 @@ class Decoder:
             *(self._final_norm.data_ptr(), self._frequencies.data_ptr(), self._eps),
             *(ctypes.addressof(batch), ctypes.addressof(cache), hidden.data_ptr(), out.data_ptr()),
             None if chain is None else ctypes.addressof(chain),
-            torch.get_num_threads() if len(token_ids) * self.num_products >= _PARALLEL_PRODUCTS else 1,
+            self._count_threads(len(token_ids), place.page_table.shape[1] * memory.kv.shape[3]),
         )
         return out.to(self._dtype)
+
+    def _count_threads(self, num_rows: int, context_len: int) -> int:
+        """How many threads so many rows are worth, none of which sees more than `context_len` tokens."""
+        num_products = num_rows * (self.num_products + self._products_by_context * context_len)
+        return torch.get_num_threads() if num_products >= _PARALLEL_PRODUCTS else 1
 
 
 def serves(weight: Tensor) -> bool:
