@@ -164,6 +164,10 @@ class WeightUpdate:
             is_shared = isinstance(slot.param, QuantizedWeight)  # and exchanged with the others of its memory
             self._stage(slot, [] if is_shared else _exchanges(slot, shadow), digest.hexdigest())
 
+    def skips(self, name: str) -> bool:
+        """Whether `add` does not look at what is in such a tensor."""
+        return self._arrived.skip_reason(normalise_name(name)) is not None
+
     @torch.no_grad()
     def add_delta(self, name: str, indices: Tensor, values: Tensor) -> None:
         """Take the numbers of a tensor that change: where they lie in it, flat and ascending, and what they become."""

@@ -128,7 +128,7 @@ class WeightCoverage:
     def place(self, raw_name: str, shape: Sequence[int], dtype: torch.dtype | str) -> WeightSlot | None:
         """Where a tensor goes that came; None: nowhere, it is skipped. Raises CheckpointError."""
         name = normalise_name(raw_name)
-        if (reason := self._skip_reason(name)) is not None:
+        if (reason := self.skip_reason(name)) is not None:
             self.num_skipped[reason] = self.num_skipped.get(reason, 0) + 1
             return None
         slot = self.slots.get(name)
@@ -190,7 +190,8 @@ class WeightCoverage:
         is_fused_alternative = slot.numel() == slot.param.numel() and slot.param.dim() == 3
         return is_fused_alternative != some_came if slot.param.dim() == 3 else True
 
-    def _skip_reason(self, name: str) -> str | None:
+    def skip_reason(self, name: str) -> str | None:
+        """Why a tensor of this normalised name is not looked at; None: it is."""
         if name.startswith(_SKIPPED_PREFIXES):
             return "vision"
         if name.startswith("mtp.") and not self.has_draft:

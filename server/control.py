@@ -99,7 +99,7 @@ class CommitUpdate:
 
 @dataclass(frozen=True)
 class RollBackUpdate:
-    """Close the session; the old weights serve on."""
+    """Close the session; the old weights serve on. A group that still owes it tensors is left."""
 
     control_id: str
 
@@ -130,7 +130,7 @@ class JoinGroup:
 
 @dataclass(frozen=True)
 class LeaveGroup:
-    """Leave a process group."""
+    """Leave a process group, or call a join off that has not all its members yet."""
 
     control_id: str
     group: str
@@ -182,7 +182,7 @@ class ReleaseMemory:
 
 @dataclass(frozen=True)
 class RestoreMemory:
-    """Take the memory of `tags` again."""
+    """Take the memory of those of `tags` again that are released."""
 
     control_id: str
     tags: tuple[str, ...] = MEMORY_TAGS

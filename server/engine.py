@@ -316,6 +316,8 @@ class Engine:
             mtp_weight_version=versions.mtp_weight_version,
             mtp_stale=versions.is_stale,
             is_paused=self.controls.is_paused,
+            is_frozen=self.controls.is_frozen,
+            released_tags=tuple(sorted(self.runner.released.tags)),
             num_weight_updates=versions.num_updates,
             drafts_by_version=versions.drafts,
         )

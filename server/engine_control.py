@@ -8,7 +8,6 @@ a moment in which nothing is in flight and everything emitted is told under the 
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 from server.backend.grammar_queue import GrammarQueue
 from server.backend.memory_release import KV_CACHE, WEIGHTS, release, restore
 from server.backend.runner import Runner
-from server.backend.weight_sessions import Weights, WeightSession, as_tandem_error
+from server.backend.weight_sessions import Weights, WeightSession, check_open, result_of, still_open
 from server.backend.worker import Worker
 from server.control import (
     PAUSE_MODES,
@@ -80,6 +79,7 @@ class EngineControl:
         self._num_resumes = self._num_holding = 0
         self._awaited: set[str] = set()  # those who compiled when requests began to be held back
         self._session: WeightSession | None = None
+        self._joining: JoinGroup | None = None
         self._open: list[_Open] = []
         self._current: _Open | None = None  # its script is going on
         self._changing: _Open | None = None  # what was emitted is being told, then it changes the version
@@ -158,9 +158,9 @@ class EngineControl:
             case UpdateWeights():
                 return self._update(command)
             case JoinGroup():
-                return self._look(self._weights.join, command)
+                return self._join(command)
             case LeaveGroup():
-                return self._look(self._weights.leave, command.group)
+                return self._leave(command.group)
             case SetVersion():
                 return self._rename(command.weight_version)
             case ReadWeights():
@@ -174,7 +174,7 @@ class EngineControl:
             case ReleaseMemory():
                 return self._release(command)
             case RestoreMemory():
-                return _do(self._restore, command.tags)
+                return self._restore(command.tags)
 
     def _pause(self, mode: str) -> Script:
         _check_mode(mode)
@@ -209,6 +209,24 @@ class EngineControl:
     def _look(self, function: Callable[..., dict[str, Any] | None], *args: Any) -> Script:
         return (yield from self._work(None, function, *args)) or {}
 
+    def _join(self, command: JoinGroup) -> Script:
+        yield self._is_free
+        job = self._worker.submit(self._weights.join, command)
+        self._joining = command
+        yield lambda: job.done() or self._joining is not command
+        if self._joining is not command:
+            raise Conflict(f"the group {command.group} was left before all its members had come")
+        self._joining = None
+        self._weights.groups[command.group] = result_of(job)
+        return {}
+
+    def _leave(self, name: str) -> Script:
+        if self._joining is None or self._joining.group != name:
+            return (yield from self._look(self._weights.leave, name))
+        self._worker.give_up()
+        self._joining = None
+        return {}
+
     def _release(self, command: ReleaseMemory) -> Script:
         if self._session is not None and WEIGHTS in command.tags:
             raise Conflict("a weight session is open: commit it or roll it back before the weights are released")
@@ -224,7 +242,8 @@ class EngineControl:
             self._flush_cache()
         return {"num_bytes": release(self._runner, command.tags, command.discards_weights)}
 
-    def _restore(self, tags: tuple[str, ...]) -> dict[str, Any]:
+    def _restore(self, tags: tuple[str, ...]) -> Script:
+        yield self._is_free  # graphs are captured with nothing beside them
         num_bytes = restore(self._runner, tags)
         self._scheduler.skip_time()
         return {"num_bytes": num_bytes}
@@ -236,7 +255,7 @@ class EngineControl:
 
     def _reset(self) -> Script:
         yield from self._prepare_change()
-        self._finish(self._worker.submit(self._weights.fill_randomly))
+        result_of(self._worker.submit(self._weights.fill_randomly))
         self.versions.update("random", True, True)
         self._start_version()
         return {}
@@ -283,7 +302,7 @@ class EngineControl:
                 yield from self._outlast_requests(lambda: not session.is_open)
             yield from self._prepare_change(session, ends_all=in_flight == "abort")
             started = time.perf_counter()
-            report = self._finish(self._worker.submit(session.commit))
+            report = result_of(self._worker.submit(session.commit))
             version = self.versions.count_on() if version is None else version
             self.versions.update(version, report.touched_target, report.touched_draft)
             self._start_version()
@@ -334,34 +353,24 @@ class EngineControl:
     def _work(self, session: WeightSession | None, function: Callable[..., T], *args: Any) -> Waits[T]:
         """What function(*args) gives on the worker's thread, in its turn. Of a session that fails or is closed by then
         nothing is kept."""
-        yield lambda: self._is_free() or not _is_open(session)
+        yield lambda: self._is_free() or not still_open(session)
         if session is None:
             future = self._worker.submit(function, *args)
             yield future.done
-            return self._finish(future)
+            return result_of(future)
         with self._closing_on_failure(session):
-            _check_open(session)
+            check_open(session)
             future = self._worker.submit(function, *args)
             session.is_working = True
             yield lambda: future.done() or not session.is_open
-            _check_open(session)
+            check_open(session)
             session.is_working = False
-            return self._finish(future)
-
-    def _finish(self, future: "Future[T]") -> T:
-        """What a job gave; waits for it."""
-        error = future.exception()
-        if error is None:
-            return future.result()
-        told = as_tandem_error(error)
-        if type(told) is TandemError:
-            log.error("a command failed", exc_info=error)
-        raise told
+            return result_of(future)
 
     def _prepare_change(self, session: WeightSession | None = None, ends_all: bool = False) -> Waits[None]:
         """Return when nothing is in flight and all that was emitted is told."""
-        yield lambda: self._is_free() or not _is_open(session)
-        _check_open(session)
+        yield lambda: self._is_free() or not still_open(session)
+        check_open(session)
         self._changing = self._current
         self._outputs += self._drain()
         if ends_all:
@@ -434,15 +443,6 @@ def _do(function: Callable[..., dict[str, Any]], *args: Any) -> Script:
 
 def _at_once() -> bool:
     return True
-
-
-def _is_open(session: WeightSession | None) -> bool:
-    return session is None or session.is_open
-
-
-def _check_open(session: WeightSession | None) -> None:
-    if not _is_open(session):
-        raise Conflict("the weight session was closed meanwhile: begin a new one")
 
 
 def _check_mode(mode: str) -> None:

@@ -87,6 +87,7 @@ def run(
     try:
         loaded = _load(engine, config)
         gc.collect()
+        gc.set_threshold(20_000)  # outputs are many small objects, hardly any of them in cycles
         gc.freeze()  # what is loaded lives as long as the process: no collection need look at it again
         serve(loaded, channel)
     except TandemError as error:

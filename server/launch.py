@@ -216,6 +216,8 @@ async def _drain(client: EngineClient, signals: "_Signals", engine: "_EngineProc
     await _first(client.wait_idle(), engine.died.wait(), signals.hurry.wait(), timeout)
     if client.num_in_flight:
         log.warning("ending %d requests that did not finish in time (--drain-timeout)", client.num_in_flight)
+    if client.stats.is_frozen and not engine.died.is_set():  # a pause is no failure
+        client.end(client.find(lambda _: True))
 
 
 class _Signals:

@@ -258,7 +258,8 @@ class EngineStats:
     `num_cached_tokens` of `num_prompt_tokens` were reused. `faults` counts what self-diagnosis found, by kind.
     All outputs of a report were made by `weight_version`. The draft head's weights came with `mtp_weight_version`; it
     is `mtp_stale` where the target has changed since. `drafts_by_version` has the drafts proposed and accepted per
-    position under each of the newest versions, in their order.
+    position under each of the newest versions, in their order. While it `is_frozen`, the engine runs no step: it
+    `is_paused`, or the memory of `released_tags`, or the weights in it, must come back first.
     """
 
     num_running: int = 0
@@ -294,6 +295,8 @@ class EngineStats:
     mtp_weight_version: str = "default"
     mtp_stale: bool = False
     is_paused: bool = False
+    is_frozen: bool = False
+    released_tags: tuple[str, ...] = ()
     num_weight_updates: int = 0
     drafts_by_version: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 

@@ -6,13 +6,14 @@ meanwhile. Knows tensors by checkpoint name, never models.
 """
 
 import contextlib
-import itertools
 import json
 import re
+import secrets
 import shutil
 import socketserver
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,11 +35,11 @@ from models.weight_transfer.wire import (
     write_frame,
 )
 from models.weight_update import TensorSpec, bytes_of, combine_checksums, hash_tensor
-from models.weights import save_weights
+from models.weights import fused_name, normalise_name, save_weights
 
 STRATEGIES = (FULL, DELTA)
 SHARED_MEMORY = Path("/dev/shm")
-KEPT_TRANSFERS = 4  # more that were ordered are forgotten, and so are those that were read
+KEPT_SECONDS = 60.0  # without a connection for it a transfer that was ordered is forgotten
 _FRAME_BYTES = 4 << 20
 _CONNECTION_SECONDS = 60.0
 _MAX_REQUEST_BYTES = 1 << 16
@@ -70,8 +71,10 @@ class Version:
 
     @property
     def result_sha256(self) -> str:
-        """Of all tensors."""
-        return combine_checksums(dict(self.checksums))
+        """Of all tensors, by the names that receivers have for them; empty where some are of single experts, which
+        receivers may hold in one piece: their own checksums must do."""
+        checksums = {normalise_name(name): checksum for name, checksum in self.checksums.items()}
+        return combine_checksums(checksums) if all(fused_name(name) == name for name in checksums) else ""
 
     @property
     def num_bytes(self) -> int:
@@ -79,14 +82,15 @@ class Version:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Order:
-    """A transfer that a receiver has asked for: what it was told, the payload in pieces at their offsets, and an entry
-    per stream that has not arrived."""
+    """A transfer that a receiver has asked for: what it was told, the payload in pieces at their offsets, an entry per
+    stream that has not arrived, and when it was last asked for."""
 
     transfer: Transfer
     pieces: tuple[tuple[int, memoryview], ...]
     streams_left: list[int]
+    used: float
 
     def share(self, stream: int) -> Iterator[tuple[int, memoryview]]:
         """The pieces of one of its streams, which cover an equal part of the payload each."""
@@ -123,7 +127,6 @@ class Publisher:
         self.modes: list[str] = []  # of the transfers that were ordered, in order
         self._version: Version | None = None
         self._orders: dict[str, Order] = {}
-        self._names = itertools.count(1)
         self._lock = threading.Lock()
         self._shared: tempfile.TemporaryDirectory[str] | None = None
         self._control = _start(_ControlServer, (host, port), _ControlHandler, self)
@@ -185,22 +188,21 @@ class Publisher:
                 "take full, too"
             )
         places, pieces = _lay_out(version, mode == DELTA)
+        now = time.monotonic()
         with self._lock:
             transfer = Transfer(
-                transfer_id=f"{version.name}-{next(self._names)}",
+                transfer_id=secrets.token_hex(16),
                 mode=mode,
                 version=version.name,
                 base_version=version.base if mode == DELTA else None,
-                host=self._data.server_address[0],
                 port=self._data.server_address[1],
                 num_streams=num_streams,
                 num_bytes=sum(len(piece) for _, piece in pieces),
                 result_sha256=version.result_sha256,
                 tensors=tuple(places),
             )
-            self._orders[transfer.transfer_id] = Order(transfer, tuple(pieces), list(range(num_streams)))
-            for old in list(self._orders)[:-KEPT_TRANSFERS]:
-                del self._orders[old]
+            self._orders = {name: one for name, one in self._orders.items() if now - one.used < KEPT_SECONDS}
+            self._orders[transfer.transfer_id] = Order(transfer, tuple(pieces), list(range(num_streams)), now)
             self.modes.append(mode)
         return transfer
 
@@ -214,7 +216,10 @@ class Publisher:
     def find_order(self, name: str) -> Order | None:
         """The transfer of that id, if it is not forgotten."""
         with self._lock:
-            return self._orders.get(name)
+            order = self._orders.get(name)
+            if order is not None:
+                order.used = time.monotonic()
+            return order
 
     def save(self, directory: Path, source: Path | None = None) -> Path:
         """Write the newest version as `model.safetensors` to a directory, beside all that is no weights in the
@@ -375,7 +380,7 @@ def _find_changes(
 
 
 def _lay_out(version: Version, is_delta: bool) -> tuple[list[TensorPlace], list[tuple[int, memoryview]]]:
-    """All tensors, or what has changed of those that have: where each lies in the payload, and its bytes there."""
+    """All tensors, or what has changed of each: where that lies in the payload, and the bytes there."""
     places: list[TensorPlace] = []
     pieces: list[tuple[int, memoryview]] = []
     offset = 0
@@ -384,10 +389,8 @@ def _lay_out(version: Version, is_delta: bool) -> tuple[list[TensorPlace], list[
         num_changed = None
         if is_delta:
             assert version.changes is not None
-            if name not in version.changes:
-                continue
-            parts = version.changes[name]
-            num_changed = len(parts[1])
+            parts = version.changes.get(name, ())
+            num_changed = len(parts[1]) if parts else 0
         dtype = str(tensor.dtype).removeprefix("torch.")
         spec = TensorSpec(name, dtype, tuple(tensor.shape), version.checksums[name])
         places.append(TensorPlace(spec, offset, sum(part.nbytes for part in parts), num_changed))

@@ -37,7 +37,7 @@ class Rollout:
 
     @property
     def oldest_version(self) -> str:
-        """Of the weights that drew its first token."""
+        """Of the weights that drew its first token; there is one unless it was aborted before."""
         return self.versions[0][0]
 
 

@@ -2,8 +2,13 @@
 
 Made as torch makes a group of that name out of a store, so that a trainer may come by way of torch.distributed. Rank 0
 sends; the others must expect the same tensors in the same order.
+
+The tests broadcast with gloo alone. NCCL, which needs a GPU for each member, has never been run here.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -50,9 +55,8 @@ class Group:
         options = BroadcastOptions()
         options.rootRank = 0
         try:
-            self._backend.broadcast([tensor], options).wait()
-            if tensor.is_cuda:  # the others of this process use streams of their own
-                torch.cuda.synchronize()
+            with _stream_of_its_own(tensor):
+                self._backend.broadcast([tensor], options).wait()
         except RuntimeError as error:
             raise WeightUpdateError(
                 f"the broadcast of {name} in the group at {self._peer} failed ({_first_line(error)}): leave the "
@@ -86,6 +90,8 @@ def join(
             store = PrefixStore(prefix, store)
         if backend == "gloo":
             return Group(ProcessGroupGloo(store, rank, world_size, limit), device, peer)
+        # Else wait() knows no failure, and for a peer that stays away NCCL's watchdog ends the process.
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = limit
         return Group(distributed.ProcessGroupNCCL(store, rank, world_size, options), device, peer)
@@ -94,6 +100,19 @@ def join(
             f"the group of {world_size} at {peer} did not come together in {timeout:g} s ({_first_line(error)}): is "
             "rank 0 there, and are all ranks taken once?"
         ) from None
+
+
+@contextmanager
+def _stream_of_its_own(tensor: Tensor) -> Iterator[None]:
+    """Work on a GPU that no other work of this process waits for, done at the end."""
+    if not tensor.is_cuda:
+        yield
+        return
+    stream = torch.cuda.Stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))  # which has made the tensor
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,18 @@
 """The serving end of weight transfer: pulls what a publisher offers into an update (wire.py says how they talk)."""
 
 import bisect
+import itertools
 import json
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from models.weight_transfer.wire import (
     ACKNOWLEDGED,
     DELTA,
     FULL,
-    TensorPlace,
     Transfer,
     decode_delta,
     handshake,
@@ -30,7 +30,9 @@ from models.weight_transfer.wire import (
 )
 from models.weight_update import DTYPES, WeightUpdate, bytes_of
 
-_MAX_REPLY_BYTES = 256 << 20
+_MAX_REPLY_BYTES = 64 << 20  # 100 000 tensors, as of experts one by one, take 25 MiB
+_SCRATCH_BYTES = 1 << 20
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def fetch(
@@ -51,7 +53,11 @@ def fetch(
     request = Request(f"{url.rstrip('/')}/transfer", content, {"content-type": "application/json"})
     try:
         with _opener().open(request, timeout=timeout) as response:
-            reply = response.read(_MAX_REPLY_BYTES)
+            reply = response.read(_MAX_REPLY_BYTES + 1)
+        if len(reply) > _MAX_REPLY_BYTES:
+            raise WeightUpdateError(
+                f"publisher {url} answers with more than {_MAX_REPLY_BYTES} bytes: offer fewer tensors"
+            )
         return parse_transfer(json.loads(reply), url)
     except HTTPError as error:
         raise WeightUpdateError(f"publisher {url} refuses ({error.code}): {_reason(error)}") from None
@@ -67,13 +73,13 @@ def receive(transfer: Transfer, url: str, timeout: float, update: WeightUpdate) 
     Raises WeightUpdateError, also after `timeout` seconds in which a stream brought nothing.
     """
     payload = _Payload(transfer, update)
-    host = urlsplit(url).hostname if transfer.host in ("", "0.0.0.0", "::") else transfer.host
-    peer = f"publisher {url} (data from {host}:{transfer.port})"
+    host, port = urlsplit(url).hostname, transfer.port
+    peer = f"publisher {url} (data from {host}:{port})"
     connections: list[socket.socket] = []
     with ExitStack() as opened, ThreadPoolExecutor(transfer.num_streams) as pool:
         try:
             for _ in range(transfer.num_streams):
-                connections.append(opened.enter_context(socket.create_connection((host, transfer.port), timeout)))
+                connections.append(opened.enter_context(socket.create_connection((host, port), timeout)))
         except OSError as error:
             raise WeightUpdateError(f"{peer} cannot be reached: {error}") from None
         streams = [
@@ -87,7 +93,7 @@ def receive(transfer: Transfer, url: str, timeout: float, update: WeightUpdate) 
                 with suppress(OSError):  # the peer has gone
                     connection.shutdown(socket.SHUT_RDWR)
             failed[0].result()
-    payload.check_complete(peer)
+    payload.finish(peer)
 
 
 def _read_stream(connection: socket.socket, transfer: Transfer, index: int, payload: "_Payload", peer: str) -> None:
@@ -105,7 +111,8 @@ def _read_stream(connection: socket.socket, transfer: Transfer, index: int, payl
 
 
 class _Payload:
-    """The bytes of a transfer as they come, in any order: memory of each tensor from its first byte to its last."""
+    """The bytes of a transfer as they come, in any order: memory of each tensor from its first byte to its last, none
+    of those that are not looked at."""
 
     def __init__(self, transfer: Transfer, update: WeightUpdate):
         self._update, self._places = update, transfer.tensors
@@ -115,11 +122,10 @@ class _Payload:
         self._missing = [place.num_bytes for place in self._places]
         self._spans: list[tuple[int, int]] = []
         self._lock = threading.Lock()
-        for place in self._places:
-            if not place.num_bytes:
-                self._hand_over(place, torch.empty(0, dtype=torch.uint8))
+        self._is_skipped = [update.skips(place.spec.name) for place in self._places]
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
 
-    def allot(self, offset: int, length: int) -> list[memoryview]:
+    def allot(self, offset: int, length: int) -> Iterable[memoryview]:
         """Where these bytes go. Raises WeightUpdateError if they are none of the payload's, or came already."""
         end = offset + length
         if end > self._num_bytes:
@@ -130,7 +136,8 @@ class _Payload:
             if any(start < end and offset < stop for start, stop in around):
                 raise WeightUpdateError(f"bytes {offset}..{end} of the transfer came twice: send each once")
             self._spans.insert(at, (offset, end))
-            return [self._memory(index, start, stop) for index, start, stop in self._parts(offset, end)]
+            memory = [self._memory(index, start, stop) for index, start, stop in self._parts(offset, end)]
+        return itertools.chain.from_iterable(memory)
 
     def filled(self, offset: int, length: int) -> None:
         """These bytes have come."""
@@ -139,18 +146,21 @@ class _Payload:
             for index, start, stop in self._parts(offset, offset + length):
                 self._missing[index] -= stop - start
                 if not self._missing[index]:
-                    complete.append((self._places[index], self._buffers.pop(index)))
-        for place, buffer in complete:
-            self._hand_over(place, buffer)
+                    complete.append((index, self._buffers.pop(index, _NOTHING)))
+        for index, buffer in complete:
+            self._hand_over(index, buffer)
 
-    def check_complete(self, peer: str) -> None:
-        """Raises WeightUpdateError unless every tensor came."""
+    def finish(self, peer: str) -> None:
+        """All streams are over: hand over what has no bytes. Raises WeightUpdateError unless every tensor came."""
         lacking = [place.spec.name for place, missing in zip(self._places, self._missing, strict=True) if missing]
         if lacking:
             raise WeightUpdateError(
                 f"{peer} sent {self._num_bytes - sum(self._missing)} of {self._num_bytes} bytes: {lacking[0]} and "
                 f"{len(lacking) - 1} other tensors are not complete"
             )
+        for index, place in enumerate(self._places):
+            if not place.num_bytes:
+                self._hand_over(index, _NOTHING)
 
     def _parts(self, offset: int, end: int) -> list[tuple[int, int, int]]:
         """(tensor, first and last byte in it) of a part of the payload."""
@@ -163,21 +173,33 @@ class _Payload:
             index += 1
         return parts
 
-    def _memory(self, index: int, start: int, stop: int) -> memoryview:
+    def _memory(self, index: int, start: int, stop: int) -> Iterable[memoryview]:
+        if self._is_skipped[index]:
+            return (self._scratch[:length] for length in range(stop - start, 0, -_SCRATCH_BYTES))
         if index not in self._buffers:
             self._buffers[index] = torch.empty(self._places[index].num_bytes, dtype=torch.uint8)
-        return bytes_of(self._buffers[index])[start:stop]
+        return [bytes_of(self._buffers[index])[start:stop]]
 
-    def _hand_over(self, place: TensorPlace, buffer: Tensor) -> None:
-        if place.num_changed is None:
+    def _hand_over(self, index: int, buffer: Tensor) -> None:
+        place = self._places[index]
+        if self._is_skipped[index]:
+            self._update.add(place.spec.name, _NOTHING)
+        elif place.num_changed is None:
             self._update.add(place.spec.name, buffer.view(DTYPES[place.spec.dtype]).view(place.spec.shape))
         else:
             self._update.add_delta(place.spec.name, *decode_delta(buffer, place))
 
 
+class _NoRedirects(HTTPRedirectHandler):
+    """Whoever may name a publisher has not named those that it points to."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """None: the answer is an error as any other."""
+
+
 def _opener() -> OpenerDirector:
     """Of direct connections: a publisher is no neighbour of the proxies in the environment."""
-    return build_opener(ProxyHandler({}))
+    return build_opener(ProxyHandler({}), _NoRedirects())
 
 
 def _reason(error: HTTPError) -> Any:

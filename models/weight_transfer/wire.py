@@ -1,18 +1,20 @@
 """What a publisher of weights and those who pull them say to each other.
 
 The publisher answers `GET /version` with its version, `POST /transfer` with a transfer: which tensors, at which bytes
-of one payload, and a TCP port. The puller opens some connections to it, each with a line of its own (`handshake`), and
-gets frames: an offset into the payload, a length, the bytes; length 0 ends a stream and is acknowledged with one byte.
-The streams together bring each byte once. All numbers are little-endian.
+of one payload, and a TCP port of the same host. The puller opens some connections to it, each with a line of its own
+(`handshake`), and gets frames: an offset into the payload, a length, the bytes; length 0 ends a stream and is
+acknowledged with one byte. The streams together bring each byte once. All numbers are little-endian.
 
 A whole tensor is its bytes, row-major. A delta of one is the places of the numbers that change, ascending, counted
-over the flat tensor (4 bytes each, 8 in tensors of more than 2^32 numbers), and behind them all their new values.
+over the flat tensor (4 bytes each, 8 in tensors of more than 2^32 numbers), and behind them all their new values. A
+delta lists the tensors that stay as they are, too, with no bytes: their checksums belong to the result.
 """
 
 import math
+import re
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ FULL, DELTA = "full", "delta"
 ACKNOWLEDGED = b"\x06"
 MAX_STREAMS = 64
 _FRAME = struct.Struct("<QQ")
+_TRANSFER_ID = re.compile(r"[\w.:-]{1,256}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,6 @@ class Transfer:
     mode: str
     version: str
     base_version: str | None
-    host: str
     port: int
     num_streams: int
     num_bytes: int
@@ -65,7 +67,6 @@ def parse_transfer(reply: Any, peer: str) -> Transfer:
             mode=str(reply["mode"]),
             version=str(reply["version"]),
             base_version=None if base is None else str(base),
-            host=str(reply["host"]),
             port=int(reply["port"]),
             num_streams=int(reply["num_streams"]),
             num_bytes=int(reply["num_bytes"]),
@@ -109,7 +110,9 @@ def write_end(connection: socket.socket) -> None:
     connection.sendall(_FRAME.pack(0, 0))
 
 
-def read_frames(connection: socket.socket, allot: Callable[[int, int], list[memoryview]]) -> Iterator[tuple[int, int]]:
+def read_frames(
+    connection: socket.socket, allot: Callable[[int, int], Iterable[memoryview]]
+) -> Iterator[tuple[int, int]]:
     """Read a stream to its end into the memory that `allot` gives for (offset, length); gives both when it is filled.
 
     Raises EOFError for a stream that stops in between.
@@ -146,6 +149,10 @@ def _parse_place(entry: Any) -> TensorPlace:
 
 
 def _check(transfer: Transfer, peer: str) -> None:
+    if not _TRANSFER_ID.fullmatch(transfer.transfer_id):
+        raise WeightUpdateError(
+            f"{peer} offers a transfer with id {transfer.transfer_id[:80]!r}: ids are 1 to 256 of A-Z a-z 0-9 _ . : -"
+        )
     is_known = transfer.mode in (FULL, DELTA) and 1 <= transfer.num_streams <= MAX_STREAMS
     if not is_known or not 0 < transfer.port < 2**16:
         raise WeightUpdateError(

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from server import errors
-from server.control import Control, Done
+from server.control import Control, Done, RestoreMemory, Resume, RollBackUpdate
 from server.errors import EngineDead, InvalidRequest, ModelFailure, QueueFull, RequestTimeout, TandemError
 from server.messages import (
     FINISH_ABORT,
@@ -46,8 +46,8 @@ class Channel(Protocol):
 class EngineClient:
     """Requests in flight and who waits for them.
 
-    `failure` is what new requests are refused with: None while the engine serves. `stats` is the engine's last word,
-    and `observe` is told every one.
+    `failure` is what new requests are refused with: None while the engine serves; while it drains, commands that let
+    requests go on still pass. `stats` is the engine's last word, and `observe` is told every one.
     """
 
     def __init__(self, channel: Channel, ready: Ready, max_requests: int):
@@ -62,6 +62,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.observe: Callable[[EngineStats], None] = lambda _stats: None
         self.failure: EngineDead | None = None
+        self._is_draining = False
 
     @property
     def num_in_flight(self) -> int:
@@ -111,7 +112,8 @@ class EngineClient:
 
     async def control(self, command: Control) -> Done:
         """What has come of a command. It is carried out even if nobody waits for that any more. Raises EngineDead."""
-        if self.failure is not None:
+        lets_go_on = isinstance(command, Resume | RollBackUpdate | RestoreMemory)
+        if self.failure is not None and not (self._is_draining and lets_go_on):
             raise self.failure
         done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         self._commands[command.control_id] = done
@@ -141,11 +143,12 @@ class EngineClient:
 
     def refuse(self, failure: EngineDead) -> None:
         """Admit no more requests; those in flight go on."""
-        self.failure = self.failure or failure
+        if self.failure is None:
+            self.failure, self._is_draining = failure, True
 
     def fail(self, failure: EngineDead) -> None:
         """Admit no more requests, and end those in flight with `failure`."""
-        self.failure = failure
+        self.failure, self._is_draining = failure, False
         for request_id, outputs in list(self._in_flight.items()):
             self._forget(request_id)
             outputs.put(failure)
@@ -154,9 +157,9 @@ class EngineClient:
                 done.set_exception(failure)
 
     async def check_generates(self, seconds: float) -> None:
-        """Have one token generated, unless the engine is paused. Raises EngineDead if in this time there is neither
-        that nor, where others are before it, one of theirs."""
-        if self.stats.is_paused:
+        """Have one token generated, unless the engine is paused or its memory is released. Raises EngineDead if in this
+        time there is neither that nor, where others are before it, one of theirs."""
+        if self.stats.is_frozen:
             return
         prompt, sampling = [self.ready.eos_token_ids[0]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         num_before = self.stats.num_output_tokens
@@ -170,7 +173,7 @@ class EngineClient:
             pass
         except ModelFailure as error:
             raise EngineDead(f"the engine cannot generate: {error.message}") from error
-        if self.stats.num_output_tokens == num_before:
+        if self.stats.num_output_tokens == num_before and not self.stats.is_frozen:
             raise EngineDead(f"the engine has generated nothing in {seconds:g} seconds")
 
     async def wait_idle(self) -> None:

@@ -134,17 +134,15 @@ def release(runner: "Runner", tags: Sequence[str], discards_weights: bool = Fals
 
 
 def restore(runner: "Runner", tags: Sequence[str]) -> int:
-    """Take the memory of `tags` again; returns its bytes.
+    """Take the memory of those of `tags` again that are released; returns its bytes.
 
-    Weights have their values again, and those that were discarded are zero, as caches are. Raises Conflict for what is
-    not released, and ConfigError where memory runs out: `released.tags` are then what is still to be restored.
+    Weights have their values again, and those that were discarded are zero, as caches are. Raises ConfigError where
+    memory runs out: `released.tags` are then what is still to be restored, by the same call if need be.
     """
     released = runner.released
-    if missing := [tag for tag in tags if tag not in released.tags]:
-        seen = ", ".join(sorted(released.tags)) or "nothing"
-        raise Conflict(f"the memory of {missing[0]} is not released (released: {seen}): there is nothing to resume")
+    tags = [tag for tag in dict.fromkeys(tags) if tag in released.tags]
     num_bytes = 0
-    for tag in dict.fromkeys(tags):
+    for tag in tags:
         num_bytes += _restore_one(released, tag)
     for model in (runner.target, runner.draft):
         if model is not None:

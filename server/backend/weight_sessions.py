@@ -4,9 +4,12 @@ Sessions and looks may run beside the engine's steps; `WeightSession.commit` and
 two of them.
 """
 
+import logging
 import secrets
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from models.errors import CheckpointError
 from models.weight_store import WeightStore
@@ -20,7 +23,11 @@ from server.control import BeginUpdate, JoinGroup, WeightSource
 from server.errors import Conflict, InvalidRequest, TandemError
 
 # After so long without a byte, or without the other members of a group, a source is given up.
-SOURCE_SECONDS, GROUP_SECONDS = 60.0, 300.0
+SOURCE_SECONDS = 60.0
+
+T = TypeVar("T")
+
+log = logging.getLogger("tandem.engine")
 
 
 def as_tandem_error(error: BaseException) -> TandemError:
@@ -32,6 +39,17 @@ def as_tandem_error(error: BaseException) -> TandemError:
     return TandemError(f"{type(error).__name__}: {error}")
 
 
+def result_of(job: "Future[T]") -> T:
+    """What a job gave, or a TandemError; waits for it."""
+    error = job.exception()
+    if error is None:
+        return job.result()
+    told = as_tandem_error(error)
+    if type(told) is TandemError:
+        log.error("a command failed", exc_info=error)
+    raise told
+
+
 class Weights:
     """Of one runner. The groups it has joined are by name."""
 
@@ -40,17 +58,22 @@ class Weights:
         self.groups: dict[str, groups.Group] = {}
         self._snapshot: dict[str, str] | None = None
 
-    def join(self, command: JoinGroup) -> None:
-        """Become a member of a group. Raises Conflict, and WeightUpdateError."""
+    def join(self, command: JoinGroup) -> groups.Group:
+        """A new group that this is a member of, for `groups`. Raises Conflict, and WeightUpdateError."""
         name, peer = command.group, (command.address, command.port, command.rank, command.world_size)
         if name in self.groups:
             raise Conflict(f"the group {name} has been joined already: leave it first")
-        self.groups[name] = groups.join(*peer, command.backend, GROUP_SECONDS, name)
+        return groups.join(*peer, command.backend, SOURCE_SECONDS, name)
 
     def leave(self, name: str) -> None:
         """Leave a group. Raises Conflict."""
         self.group(name).leave()
         del self.groups[name]
+
+    def abandon(self, name: str) -> None:
+        """Leave a group in which something is still awaited: what comes would else be taken for the next update's."""
+        # On a thread of its own, for the group's end may wait for the same.
+        threading.Thread(target=self.groups.pop(name).leave, daemon=True).start()
 
     def group(self, name: str) -> groups.Group:
         """One that was joined. Raises Conflict."""
@@ -101,6 +124,8 @@ class WeightSession:
     is_sealed: bool = False  # it is being committed, or brings itself what it needs
     is_delta: bool = False
     is_whole: bool = False
+    awaited_group: str = ""  # it has not sent all that was announced
+    left_group: str = ""  # for that reason
 
     def begin(self, begin: BeginUpdate) -> None:
         """Check what is declared. Raises InvalidRequest, Conflict, WeightUpdateError."""
@@ -127,9 +152,13 @@ class WeightSession:
                     disk.stage_bytes(data, self._begun)
             case "group":
                 group = self.weights.group(source.group)
-                for spec in source.tensors:
-                    tensor = group.receive(TensorSpec(spec.name, spec.dtype, spec.shape))
-                    self._begun.add(spec.name, tensor)
+                self.awaited_group = source.group
+                try:
+                    for spec in source.tensors:
+                        tensor = group.receive(TensorSpec(spec.name, spec.dtype, spec.shape))
+                        self._begun.add(spec.name, tensor)
+                finally:
+                    self.awaited_group = ""
             case "stream":
                 transfer = self._order(source, (DELTA if self.is_delta else FULL,))
                 self._check_base(transfer.base_version if self.is_delta else None)
@@ -156,7 +185,7 @@ class WeightSession:
             ),
             is_delta=is_delta,
             base_version=transfer.base_version if is_delta else None,
-            result_sha256=transfer.result_sha256,
+            result_sha256=begin.result_sha256 or transfer.result_sha256,
         )
         self.begin(declared)
         self._receive(source, transfer)
@@ -176,8 +205,11 @@ class WeightSession:
         return report
 
     def close(self) -> None:
-        """Forget what came."""
-        self.is_open = False
+        """Forget what came, and leave a group that something is still awaited of."""
+        self.is_open, name = False, self.awaited_group
+        if name in self.weights.groups:
+            self.weights.abandon(name)
+            self.left_group = name
         if self.update is not None:
             self.update.close()
 
@@ -197,3 +229,15 @@ class WeightSession:
 
     def _receive(self, source: WeightSource, transfer: Transfer) -> None:
         receiver.receive(transfer, source.url, SOURCE_SECONDS, self._begun)
+
+
+def still_open(session: WeightSession | None) -> bool:
+    """What goes on in the session, if there is one, may go on."""
+    return session is None or session.is_open
+
+
+def check_open(session: WeightSession | None) -> None:
+    """Raise Conflict if the session was closed."""
+    if session is not None and not session.is_open:
+        left = f"; the group {session.left_group} was left: join it again" if session.left_group else ""
+        raise Conflict(f"the weight session was closed meanwhile: begin a new one{left}")

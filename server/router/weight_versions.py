@@ -15,6 +15,7 @@ class WeightVersions:
         self._counters, self._has_draft = counters, has_draft
         self.weight_version = self.mtp_weight_version = FIRST_VERSION
         self.is_stale = False
+        self._is_head_ahead = False  # it came alone, and the target has not changed since
         self.num_updates = 0
         self._past: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._base = self._totals()
@@ -36,8 +37,10 @@ class WeightVersions:
         if touched_draft:
             self.mtp_weight_version, self.is_stale = version, False
         elif touched_target:
-            # A version may come in parts, the head's before the target's.
-            self.is_stale = self._has_draft and self.mtp_weight_version != version
+            # A version may come in parts, the head's before the target's. Names tell nothing: all may have the same.
+            self.is_stale = self._has_draft and not self._is_head_ahead
+        if touched_target or touched_draft:
+            self._is_head_ahead = not touched_target
 
     def rename(self, version: str) -> None:
         """The weights that serve have this name from now on, and so has a head that came with them."""

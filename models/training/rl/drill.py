@@ -153,7 +153,7 @@ class Drill:
         self.server.pull_weights(self.publisher.url, 4, in_flight)
         self.versions.append(version)
         self.in_flight.append(in_flight)
-        if self.server.checksum() != version.result_sha256:
+        if version.result_sha256 not in ("", self.server.checksum()):
             self.wrong_checksums.append(version.name)
 
     def _count(self, load: Load) -> dict[str, Any]:

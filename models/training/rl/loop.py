@@ -145,9 +145,11 @@ class RLLoop:
         )
 
     def _is_usable(self, rollout: Rollout, step: int) -> bool:
+        if rollout.finish_reason not in ("stop", "length") or not rollout.versions:
+            return False
         oldest = rollout.oldest_version
         age = step - 1 - int(oldest) if oldest.isdigit() else step
-        return rollout.finish_reason in ("stop", "length") and age <= self.recipe.dataflow.buffer.max_staleness
+        return age <= self.recipe.dataflow.buffer.max_staleness
 
     def _train(self, batch: Batch) -> dict[str, Any]:
         policy, trainer = self.policy, self.recipe.trainer_base

@@ -20,7 +20,7 @@ _TAGS: Schema = {
     "maxItems": len(MEMORY_TAGS),
 }
 # vLLM's clients know of no other tags to wake up, one after the other; graphs go and come with these.
-_SLEPT = ("weights", "kv_cache")
+_SLEPT, _GRAPHS = ("weights", "kv_cache"), "cuda_graph"
 _RELEASE = Form(tags=_TAGS)
 _SLEEP = Form(level=nullable("integer", minimum=0, maximum=2), mode=MODE)
 _WAKE = Form(tags=_TAGS)
@@ -32,22 +32,20 @@ _IS_SLEEPING: Schema = {
 
 
 class Rest:
-    """What memory is given back, and whether the engine is paused besides."""
+    """Whether memory is given back, and whether the engine was paused for that."""
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        self._released: set[str] = set()
         self._has_paused = False
 
     @property
     def is_deep(self) -> bool:
         """Some memory is given back, or the engine rests without that."""
-        return bool(self._released) or self._has_paused
+        return bool(self._desk.client.stats.released_tags) or self._has_paused
 
     async def release(self, tags: tuple[str, ...], discards_weights: bool = False) -> None:
         """Give the memory of `tags` back. Raises TandemError."""
         await self._desk.carry_out(ReleaseMemory(new_id(), tags, discards_weights))
-        self._released.update(tags)
 
     async def pause(self, mode: str, level: int) -> None:
         """Pause the engine, and give all memory back from `level` 1 on, at level 2 for good. Raises TandemError; then
@@ -64,12 +62,11 @@ class Rest:
         self._has_paused = self._has_paused or not was_paused
 
     async def restore(self, tags: tuple[str, ...]) -> None:
-        """Take the memory of `tags` again; with the last of it the engine goes on, if it was paused for this."""
-        released = tuple(tag for tag in tags if tag in self._released)
-        if released:
-            await self._desk.carry_out(RestoreMemory(new_id(), released))
-        self._released.difference_update(released)
-        if self._has_paused and not self._released:
+        """Take the memory of `tags` again, as far as it is released; with the last of it the engine goes on, if it was
+        paused for this. What fails can be asked for again."""
+        # No client asks for graphs that could not be made when the rest had come back.
+        await self._desk.carry_out(RestoreMemory(new_id(), tuple(dict.fromkeys((*tags, _GRAPHS)))))
+        if self._has_paused and not self._desk.client.stats.released_tags:
             await self._desk.carry_out(Resume(new_id()))
             self._has_paused = False
 

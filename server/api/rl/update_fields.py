@@ -5,6 +5,7 @@ told: `flush_cache`, since the prefix cache is always flushed, it would be wrong
 `torch_empty_cache` and `recapture_cuda_graph`, since weights change in place between two steps; `token_step`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -28,10 +29,19 @@ from server.errors import InvalidRequest, TandemError
 
 MTP_PREFIX = "mtp."
 MAX_TEXT_CHARS = 4096
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 FILE_FORMATS = ("auto", "safetensors")
 _HARMLESS_FLAGS = ("flush_cache", "is_async", "torch_empty_cache", "recapture_cuda_graph")
 _FLAGS = ("abort_all_requests", "keep_pause", "partial", "require_mtp", "disable_draft_model", *_HARMLESS_FLAGS)
+RESULT_SCHEMA = {
+    "result_sha256": nullable(
+        "string",
+        pattern=f"^{_SHA256.pattern}$",
+        description="What the checksum of all weights must be after the update, as /weights_checker tells it.",
+    )
+}
 COMMIT_SCHEMAS: dict[str, Schema] = {
+    **RESULT_SCHEMA,
     "weight_version": nullable("string", minLength=1, maxLength=256),
     "in_flight": {"enum": [*PAUSE_MODES, None]},
     "load_format": {"type": ["string", "null"]},
@@ -69,6 +79,7 @@ def read_update(fields: Fields, source: WeightSource, formats: Sequence[str], is
         tensors=source.tensors,
         is_partial=fields.boolean("partial", is_partial),
         needs_mtp=flags["require_mtp"],
+        result_sha256=read_result(fields),
     )
     commit = CommitUpdate(control_id, read_version(fields, "weight_version"), in_flight)
     return Update(UpdateWeights(control_id, source, begin, commit), flags["keep_pause"])
@@ -111,7 +122,12 @@ def read_tensors(fields: Fields, dtypes_name: str = "dtypes") -> tuple[TensorSpe
 
 
 def check_target_only(tensors: Sequence[TensorSpec]) -> None:
-    """Raise InvalidRequest if one of the tensors is the draft head's."""
+    """Raise InvalidRequest if one of the tensors is the draft head's, or if none are listed, so that it may be."""
+    if not tensors:
+        raise InvalidRequest(
+            "disable_draft_model is true, which only an update that lists its tensors can keep; leave it out",
+            "disable_draft_model",
+        )
     found = next((tensor.name for tensor in tensors if tensor.name.startswith(MTP_PREFIX)), None)
     if found is not None:
         raise InvalidRequest(
@@ -127,6 +143,14 @@ def read_choice(fields: Fields, name: str, choices: Sequence[str], default: str 
             f"{fields.name(name)} is {value[:60]!r}, it must be one of {', '.join(choices)}", fields.name(name)
         )
     return value
+
+
+def read_result(fields: Fields) -> str:
+    """The checksum that all weights must have after an update; empty if none is asked for. Raises InvalidRequest."""
+    text = fields.text("result_sha256", "")
+    if text and not _SHA256.fullmatch(text):
+        raise InvalidRequest(f"result_sha256 is {text[:80]!r}, it must be 64 hexadecimal digits", "result_sha256")
+    return text
 
 
 def read_version(fields: Fields, name: str) -> str | None:

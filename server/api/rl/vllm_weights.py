@@ -16,10 +16,12 @@ from server.api.rl.update_fields import (
     COMMIT_SCHEMAS,
     FILE_FORMATS,
     MTP_PREFIX,
+    RESULT_SCHEMA,
     TENSOR_SCHEMAS,
     Update,
     read_choice,
     read_name,
+    read_result,
     read_tensors,
     read_update,
     read_version,
@@ -53,7 +55,7 @@ _INIT = Form(
         "properties": {**GROUP_SCHEMAS, "packed": nullable("boolean", enum=[False, None])},
     },
 )
-_START = Form(partial=nullable("boolean"), require_mtp=nullable("boolean"))
+_START = Form(partial=nullable("boolean"), require_mtp=nullable("boolean"), **RESULT_SCHEMA)
 _NOTHING = Form()
 _TENSORS = {name.replace("dtypes", "dtype_names"): schema for name, schema in TENSOR_SCHEMAS.items()}
 _UPDATE = Form(
@@ -158,7 +160,7 @@ def _read_init(fields: Fields, desk: Desk) -> JoinGroup:
 
 def _read_start(fields: Fields) -> BeginUpdate:
     partial, needs_mtp = fields.boolean("partial", False), fields.boolean("require_mtp", False)
-    return BeginUpdate(new_id(), is_partial=partial, needs_mtp=needs_mtp)
+    return BeginUpdate(new_id(), is_partial=partial, needs_mtp=needs_mtp, result_sha256=read_result(fields))
 
 
 def _read_update(fields: Fields) -> AddTensors | Update:

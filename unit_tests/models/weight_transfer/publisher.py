@@ -64,8 +64,7 @@ class TinyPublisher:
         self.orders.append(order)
         if self.status != 200:
             return {"error": "version 3 is gone: take full"}
-        places = {"host": "0.0.0.0", "port": self.data.getsockname()[1], "num_streams": order["num_streams"]}
-        return places | self.offer
+        return {"port": self.data.getsockname()[1], "num_streams": order["num_streams"]} | self.offer
 
     def _accept(self) -> None:
         while True:

@@ -1,8 +1,11 @@
 """Broadcasts between two processes, whichever way the trainer's came to its group; peers that stay away are told."""
 
 import multiprocessing
+import os
 import socket
+from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, distributed
 from torch.distributed import PrefixStore, distributed_c10d, rendezvous
 
 from models.errors import WeightUpdateError
-from models.weight_transfer.groups import DEFAULT_NAME, join
+from models.weight_transfer.groups import DEFAULT_NAME, Group, join
 from models.weight_update import TensorSpec, hash_tensor
 
 SHAPE = (5, 7)
@@ -111,6 +114,59 @@ def test_impossible_members_are_refused(rank, world_size, backend, message):
 def test_nccl_without_a_gpu_is_refused():
     with pytest.raises(WeightUpdateError, match="cannot use nccl, which needs a GPU: join with backend gloo"):
         join("127.0.0.1", free_port(), 1, 2, "nccl", 0.5)
+
+
+def test_an_nccl_group_is_built_so_that_waiting_for_a_peer_ends(monkeypatch):
+    found = []
+
+    class NCCL:
+        class Options:
+            pass
+
+        def __init__(self, store, rank, world_size, options):
+            found.append((os.environ["TORCH_NCCL_BLOCKING_WAIT"], options._timeout))
+
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "ProcessGroupNCCL", NCCL, raising=False)
+    join("127.0.0.1", free_port(), 0, 1, "gloo", 10.0).leave()
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
+    join("127.0.0.1", free_port(), 0, 1, "nccl", 10.0)
+    assert found == [("1", timedelta(seconds=10))]
+
+
+def test_on_a_gpu_a_broadcast_has_a_stream_of_its_own(monkeypatch):
+    """Whatever else is queued there waits neither for the peer nor for the end."""
+    done = []
+
+    class Stream:
+        def __init__(self, device):
+            done.append(f"stream of {device}")
+
+        def wait_stream(self, other):
+            done.append(f"wait for {other}")
+
+        def synchronize(self):
+            done.append("synchronize")
+
+    class Backend:
+        def broadcast(self, tensors, options):
+            done.append(f"broadcast from {options.rootRank}")
+            return SimpleNamespace(wait=lambda: done.append("wait"))
+
+    @contextmanager
+    def using(stream):
+        done.append("begin")
+        yield
+        done.append("end")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current one")
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:0")
+    Group(Backend(), "cuda", "peer")._broadcast(tensor, "w")
+    steps = ["begin", "broadcast from 0", "wait", "end", "synchronize"]
+    assert done == ["stream of cuda:0", "wait for the current one", *steps]
 
 
 def test_a_group_of_one_sends_to_no_one_and_knows_dtypes_and_its_end():

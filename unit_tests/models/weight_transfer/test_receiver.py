@@ -6,10 +6,13 @@ import socket
 import threading
 
 import pytest
+import torch
 
 from models.errors import WeightUpdateError
+from models.weight_transfer import receiver
 from models.weight_transfer.receiver import fetch, receive
 from models.weight_transfer.wire import write_end, write_frame
+from models.weight_update import WeightUpdate
 from unit_tests.models.sessions import change, checksum_of, draw_tensors, make_store
 from unit_tests.models.weight_transfer.publisher import FRAME_BYTES, publish, send_share
 
@@ -91,10 +94,49 @@ def test_frames_may_come_in_any_order_and_size(served):
     assert publisher.answers == [b"\x06"] * 3
 
 
-def test_an_address_that_is_everywhere_is_where_the_order_went(served):
-    with publish(draw_tensors(dtype="bfloat16")) as publisher:
-        assert fetch(publisher.url, None).host == "0.0.0.0"
+def test_data_come_from_the_host_that_was_named_whatever_it_says(served):
+    def point_elsewhere(offer, payload):
+        return offer | {"host": "127.0.0.256"}, payload
+
+    with publish(draw_tensors(dtype="bfloat16"), change=point_elsewhere) as publisher:
         pull(served, f"{publisher.url}/")
+    assert publisher.answers == [b"\x06"] * 2
+
+
+def test_a_publisher_cannot_send_one_elsewhere():
+    answer = b"HTTP/1.1 302 Found\r\nlocation: %s/transfer\r\ncontent-length: 0\r\n\r\n"
+    with publish({}) as other, socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=say_once, args=(server, answer % other.url.encode()))
+        thread.start()
+        with pytest.raises(WeightUpdateError, match=r"refuses \(302\): Found"):
+            fetch(f"http://127.0.0.1:{server.getsockname()[1]}", None)
+        thread.join()
+
+
+def test_a_long_answer_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(receiver, "_MAX_REPLY_BYTES", 100)
+    with (
+        publish(draw_tensors(dtype="bfloat16")) as publisher,
+        pytest.raises(WeightUpdateError, match="answers with more than 100 bytes: offer fewer tensors"),
+    ):
+        fetch(publisher.url, None)
+
+
+def test_tensors_that_are_not_looked_at_take_no_memory(served, monkeypatch, caplog):
+    came, add = {}, WeightUpdate.add
+
+    def note(session, name, tensor):
+        came[name] = tensor.nbytes
+        add(session, name, tensor)
+
+    monkeypatch.setattr(WeightUpdate, "add", note)
+    monkeypatch.setattr(receiver, "_SCRATCH_BYTES", 700)
+    caplog.set_level("INFO", logger="models")
+    tensors = {"model.visual.x": torch.ones(9000)} | draw_tensors(dtype="bfloat16")
+    with publish(tensors) as publisher:
+        pull(served, publisher.url)
+    assert came == {name: tensor.nbytes for name, tensor in tensors.items()} | {"model.visual.x": 0}
+    assert "skipped 1 vision tensors" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -260,10 +302,14 @@ def test_an_answer_that_is_no_offer_is_told(content):
 
 
 def answer_once(server, content):
+    say_once(server, b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+
+
+def say_once(server, answer):
     connection, _ = server.accept()
     with connection:
         connection.recv(1 << 16)
-        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+        connection.sendall(answer)
 
 
 def test_silence_of_the_control_port_is_told():

@@ -2,22 +2,32 @@
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from models.errors import WeightUpdateError
-from models.weight_transfer.groups import join
+from models.weight_transfer.groups import Group, join
 from models.weight_transfer.wire import DELTA, FULL
 from server.backend.memory_release import ReleasedMemory
 from server.backend.weight_sessions import Weights, WeightSession, as_tandem_error
-from server.control import AddTensors, BeginUpdate, CommitUpdate, JoinGroup, LeaveGroup, TensorSpec, WeightSource
+from server.control import (
+    AddTensors,
+    BeginUpdate,
+    CommitUpdate,
+    JoinGroup,
+    LeaveGroup,
+    RollBackUpdate,
+    TensorSpec,
+    WeightSource,
+)
 from server.errors import Conflict, InvalidRequest, TandemError
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.models.sessions import checksum_of, describe, draw_tensors, make_store
 from unit_tests.models.weight_transfer.publisher import publish
-from unit_tests.server.commands import Client, inline, update_from
+from unit_tests.server.commands import Client, client_norm, inline, update_from
 from unit_tests.server.engines import make_engine
 
 
@@ -79,6 +89,15 @@ def test_a_stream_brings_a_delta_to_those_who_have_its_base(weights: Weights) ->
     assert weights.store.checksum() == checksum_of(new)
 
 
+def test_a_stream_must_give_the_weights_that_the_caller_wants(weights: Weights) -> None:
+    new = draw_tensors(seed=1)
+    with publish(new) as publisher:
+        source = WeightSource("stream", url=publisher.url)
+        with pytest.raises(WeightUpdateError, match="SHA-256"):
+            bring(weights, source, BeginUpdate("b", result_sha256="0" * 64))
+        bring(weights, source, BeginUpdate("b", result_sha256=checksum_of(new)))
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
@@ -106,6 +125,50 @@ def test_a_group_brings_what_rank_0_broadcasts(tmp_path: Path) -> None:
     client.do(LeaveGroup("leave", "g"))
     assert client.fingerprint() == ("from the group", checksum_of(new))
     assert client.refusal(LeaveGroup("leave", "g"))[0] == "Conflict"
+
+
+def meet(client: Client) -> Group:
+    """Rank 0 of a group `g` that the engine has joined."""
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        trainer = pool.submit(join, "127.0.0.1", port, 0, 2, "gloo", 30.0, "g")
+        client.do(JoinGroup("join", "g", "127.0.0.1", port, 1, 2, "gloo"))
+        return trainer.result(30)
+
+
+def test_an_update_that_is_rolled_back_takes_nothing_of_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(make_engine(make_checkpoint(tmp_path, num_layers=4), dtype="float32"))
+    norm = client_norm(client).float()
+    spec = TensorSpec("model.norm.weight", "float32", tuple(norm.shape))
+    source, begin = WeightSource("group", group="g", tensors=(spec,)), BeginUpdate("begin", is_partial=True)
+    first, waits, receive = meet(client), threading.Event(), Group.receive
+
+    def note(group: Group, spec: TensorSpec) -> Tensor:
+        waits.set()
+        return receive(group, spec)
+
+    monkeypatch.setattr(Group, "receive", note)
+    client.do(begin)
+    client.send(AddTensors("add", source))
+    client.step()
+    assert waits.wait(30)
+    client.do(RollBackUpdate("back"))
+    refused = client.await_done("add")
+    assert refused.kind == "Conflict" and "the group g was left: join it again" in refused.error
+    assert client.refusal(LeaveGroup("leave", "g"))[0] == "Conflict"
+    second = meet(client)
+    client.do(begin)
+    client.send(AddTensors("add", source))
+    client.step()
+    second.send(norm * 2)
+    assert not client.await_done("add").error
+    client.do(CommitUpdate("commit"))
+    assert client_norm(client).equal(norm * 2)
+    for group in (first, second):
+        group.leave()
+    client.do(LeaveGroup("leave", "g"))
 
 
 def test_a_session_that_was_closed_takes_nothing_more(weights: Weights) -> None:

@@ -37,6 +37,10 @@ class FakeServer:
         self.modes.append(transfer.mode)
         return {"success": True}
 
+    def skips(self, name: str) -> bool:
+        """None."""
+        return False
+
     def add(self, name: str, tensor: Tensor) -> None:
         """A whole tensor has come."""
         self.tensors[name] = tensor.clone()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from models.training.mtp_settings import TrainingError
-from models.training.publisher import Publisher
+from models.training.publisher import Publisher, Version
 from models.training.rl import drill as drill_module
 from models.training.rl.drill import Drill, Sample, has_right_spans, main
 from models.training.rl.policy import Policy
@@ -86,6 +86,13 @@ def test_other_weights_than_were_sent_are_found():
     with Publisher() as publisher:
         drill = Drill(Policy(checkpoint("float32"), Actor(), Mtp()), Deaf(tiny_recipe()), publisher)
         assert drill.run(2, 2, 4)["wrong_checksums"] == ["0", "1", "2"]
+
+
+def test_versions_without_a_checksum_are_not_compared(monkeypatch):
+    monkeypatch.setattr(Version, "result_sha256", "")
+    with Publisher() as publisher:
+        drill = Drill(Policy(checkpoint("float32"), Actor(), Mtp()), Deaf(tiny_recipe()), publisher)
+        assert drill.run(1, 2, 4)["wrong_checksums"] == []
 
 
 def test_spans_of_other_versions_are_found():

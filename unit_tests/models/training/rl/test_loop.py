@@ -7,6 +7,7 @@ import pytest
 from models.training.mtp_settings import TrainingError
 from models.training.publisher import Publisher
 from models.training.rl.loop import RLLoop, StepReport, iterate_fields, rise
+from models.training.rollout_server import Rollout
 from unit_tests.models.training.rl.fake_server import FakeServer
 from unit_tests.models.training.rl.recipes import tiny_recipe
 
@@ -92,6 +93,18 @@ class StaleServer(FakeServer):
 def test_samples_that_are_too_old_are_left_out():
     recipe = tiny_recipe(steps=1)
     [report], _, _ = run(recipe, StaleServer(recipe, num_fresh=3))
+    assert (report.num_samples, report.num_dropped) == (6, 2)
+
+
+@pytest.mark.parametrize("finish_reason", ["abort", "stop"])
+def test_samples_without_a_token_are_left_out(finish_reason):
+    class Hasty(FakeServer):
+        def generate(self, *arguments):
+            [first, *others] = super().generate(*arguments)
+            return [Rollout(first.prompt_ids, [], [], [], finish_reason), *others]
+
+    recipe = tiny_recipe(steps=1)
+    [report], _, _ = run(recipe, Hasty(recipe))
     assert (report.num_samples, report.num_dropped) == (6, 2)
 
 

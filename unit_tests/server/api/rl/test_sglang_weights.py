@@ -146,6 +146,31 @@ def test_a_draft_head_that_is_to_be_left_alone_gets_nothing(trained: TrainedServ
     assert trained.engine.commands == []
 
 
+@pytest.mark.parametrize(("path", "body"), [(DISK, {"model_path": "/new"}), ("/pull_weights", {"url": "http://t"})])
+def test_nobody_knows_beforehand_whether_a_source_has_a_draft_head(
+    trained: TrainedServing, path: str, body: dict[str, Any]
+) -> None:
+    error = trained.refuse(path, {**body, "disable_draft_model": True})
+    assert error["param"] == "disable_draft_model" and "leave it out" in error["message"]
+    assert trained.engine.commands == []
+    trained.succeed(path, {**body, "disable_draft_model": False})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (DISK, {"model_path": "/new"}),
+        ("/pull_weights", {"url": "http://t"}),
+        ("/update_weights_from_distributed", TENSORS),
+        ("/update_weights_from_tensor", {"serialized_named_tensors": [encode({"a.weight": [1.0]})[1]]}),
+        ("/update_weights", {"weight_dir": "/new"}),
+    ],
+)
+def test_the_checksum_of_the_result_may_be_asked_for(trained: TrainedServing, path: str, body: dict[str, Any]) -> None:
+    trained.succeed(path, {**body, "result_sha256": "aB" * 32})
+    assert trained.last_update().begin.result_sha256 == "aB" * 32
+
+
 def test_weights_are_pulled_from_a_publisher(trained: TrainedServing) -> None:
     trained.succeed("/pull_weights", {"url": "http://trainer:7000/"})
     assert trained.last_update().source == WeightSource("stream", url="http://trainer:7000", num_streams=4)
@@ -169,6 +194,7 @@ def test_weights_are_pulled_from_a_publisher(trained: TrainedServing) -> None:
         (DISK, {"model_path": "x", "token_step": "1"}, "token_step", "an integer"),
         (DISK, {"model_path": "x", "load_format": "dummy"}, "load_format", "one of auto, safetensors"),
         (DISK, {"model_path": "x", "in_flight": "drop"}, "in_flight", "one of abort, wait, retract, keep"),
+        (DISK, {"model_path": "x", "result_sha256": "ab"}, "result_sha256", "64 hexadecimal digits"),
         ("/pull_weights", {}, "url", "url has 0 characters"),
         ("/pull_weights", {"url": "file:///x"}, "url", "must begin with http"),
         ("/pull_weights", {"url": "http://t", "num_streams": 65}, "num_streams", "in 1..64"),

@@ -31,9 +31,9 @@ def test_a_session_is_started_filled_and_finished(trained: TrainedServing) -> No
     finished = trained.succeed("/finish_weight_update", {"weight_version": "9"})
     assert (finished["message"], finished["weight_version"]) == ("Weight update finished", "9")
     assert trained.last_command() == CommitUpdate(trained.last_command().control_id, "9", "keep")
-    trained.succeed("/start_weight_update", {"partial": True, "require_mtp": True})
+    trained.succeed("/start_weight_update", {"partial": True, "require_mtp": True, "result_sha256": "0" * 64})
     command = trained.last_command()
-    assert command == BeginUpdate(command.control_id, is_partial=True, needs_mtp=True)
+    assert command == BeginUpdate(command.control_id, is_partial=True, needs_mtp=True, result_sha256="0" * 64)
     assert trained.succeed("/finish_weight_update", {"in_flight": "retract"})["weight_version"] == "2"
     assert trained.last_command().in_flight == "retract"
 
