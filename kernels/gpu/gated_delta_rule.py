@@ -25,7 +25,9 @@ from kernels.gated_delta_rule import DeltaRing
 from kernels.gpu.launch import power_of_two
 
 _CHUNK = 16
-_PREFILL_COLUMNS = 32
+# One chunk follows the other: few columns and one warp make each of them short, and its loads are under way before.
+_PREFILL_COLUMNS, _CHAIN_WARPS, _CHAIN_STAGES = 16, 1, 3
+_PREPARE_WARPS = 2
 # The same for every batch, as the order of the sums over DK follows from the tile: a row's bits depend on no company.
 _VERIFY_COLUMNS = 16
 
@@ -108,7 +110,7 @@ def gated_delta_rule_prefill(
         **sizes,
         BV=max(16, power_of_two(value_dim)),
         CHUNK=_CHUNK,
-        num_warps=4,
+        num_warps=_PREPARE_WARPS,
     )
     columns = min(_PREFILL_COLUMNS, max(16, power_of_two(value_dim)))
     _chain_kernel[(triton.cdiv(value_dim, columns), value_heads, batch)](
@@ -119,8 +121,8 @@ def gated_delta_rule_prefill(
         CHUNK=_CHUNK,
         # What a bf16 model feeds in has fewer digits than tf32.
         PRECISION="tf32" if inputs.gates.dtype == torch.bfloat16 else "tf32x3",
-        num_warps=4,
-        num_stages=1,
+        num_warps=_CHAIN_WARPS,
+        num_stages=_CHAIN_STAGES,
     )
     return out
 
