@@ -5,9 +5,11 @@ takes the next larger one, filled up with padding (row 0). Graphs read weights, 
 lie: what is updated in place they see, what moves elsewhere they do not.
 """
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,13 +44,14 @@ class DecodeGraphs:
     def capture(self) -> None:
         """Make all graphs, the largest first, whose memory the others share. Raises ConfigError when it runs out."""
         start, keys, capture = time.perf_counter(), self._keys(), self._given_capture or CudaCapture()
-        for size, num_tokens, num_drafts in tqdm(keys, desc="Capturing decode steps", unit="graph"):
-            rows, widths = self._rows[:size], self._widths[:size]
-            part = f"the decode graph of {size} requests with {num_tokens} rows each"
-            logits_bytes = size * num_tokens * self.step.table.vocab_size * self.step.target.lm_head.weight.itemsize
-            with within_memory(part, logits_bytes, "lower --cuda-graph-max-bs or --mem-fraction-static"):
-                step = partial(self.step, rows, widths, num_tokens, num_drafts)
-                self._graphs[size, num_tokens, num_drafts] = capture(step)
+        with _without_collection():
+            for size, num_tokens, num_drafts in tqdm(keys, desc="Capturing decode steps", unit="graph"):
+                rows, widths = self._rows[:size], self._widths[:size]
+                part = f"the decode graph of {size} requests with {num_tokens} rows each"
+                logits_bytes = size * num_tokens * self.step.table.vocab_size * self.step.target.lm_head.weight.itemsize
+                with within_memory(part, logits_bytes, "lower --cuda-graph-max-bs or --mem-fraction-static"):
+                    step = partial(self.step, rows, widths, num_tokens, num_drafts)
+                    self._graphs[size, num_tokens, num_drafts] = capture(step)
         self.num_bytes = getattr(capture, "num_bytes", 0)
         seconds = time.perf_counter() - start
         logger.info("captured %d decode graphs in %.1f s, %.1f MiB", len(keys), seconds, self.num_bytes / MIB)
@@ -118,11 +121,25 @@ class CudaCapture:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may copy weights meanwhile, which is no part of the capture and must not end it.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = function()
         self._pool = self._pool or graph.pool()
         self.num_bytes += torch.cuda.memory_reserved() - before
         return graph.replay, results
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage may hold memory of the device, and freeing that while a graph is captured ends the capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _first(sampled: Sampled, count: int, num_tokens: int) -> Sampled:
