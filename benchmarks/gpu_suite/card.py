@@ -23,8 +23,9 @@ _COPY_BYTES, _MATMUL_SIZE = 2**31, 8192
 
 @dataclass(frozen=True)
 class CardSpeed:
-    """Measured: bytes per second of a copy (read and written), bfloat16 operations per second of a large product, and
-    the seconds that an empty graph takes between two events, which every time here contains."""
+    """Measured: bytes per second of a copy (read and written) or a sum (read), the faster of both; bfloat16 operations
+    per second of a large product; seconds that an empty graph takes between two events, which every time here
+    contains."""
 
     bandwidth: float
     matmul_rate: float
@@ -88,12 +89,14 @@ def measure_card(device: str = "cuda") -> CardSpeed:
     source = torch.zeros(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copy = timer.seconds(lambda: target.copy_(source), rounds=30)
+    total = torch.zeros((), device=device)
+    read = timer.seconds(lambda: torch.sum(source, 0, out=total), rounds=30)
     left, right = (torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(left)
     product = timer.seconds(lambda: torch.mm(left, right, out=out), rounds=30)
     nothing = torch.zeros(1, device=device)
     empty = timer.seconds(lambda: nothing.zero_())
-    return CardSpeed(2 * _COPY_BYTES / copy, 2 * _MATMUL_SIZE**3 / product, empty)
+    return CardSpeed(max(2 * _COPY_BYTES / copy, _COPY_BYTES / read), 2 * _MATMUL_SIZE**3 / product, empty)
 
 
 def speed_row(num_bytes: float, num_flops: float, seconds: float, card: CardSpeed) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Every kernel against its law, and how fast it is: `run_checks` first, then `run_times` of what was not red."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,15 +45,17 @@ def run_checks(settings: Iterator[Setting], log: Log) -> None:
             _free_memory(setting)
 
 
-def run_times(settings: Iterator[Setting], red: set[tuple[Any, ...]], card: CardSpeed, timer: Timer, log: Log) -> None:
-    """A row per case that is not `red`, and one per peer on the same inputs."""
-    for setting in settings:
-        for source in sources(setting):
-            if log.is_over():
-                log.skip(f"kernel times from {setting.model} batch {setting.batch} tokens {setting.num_tokens} on")
-                return
-            _time_source(source, setting, red, card, timer, log)
-            _free_memory(setting)
+def run_times(settings: Sequence[Setting], red: set[tuple[Any, ...]], card: CardSpeed, timer: Timer, log: Log) -> None:
+    """A row per case that is not `red`; then one per peer on such inputs, which may have to be compiled for minutes."""
+    for are_peers in (False, True):
+        for setting in settings:
+            for source in sources(setting):
+                if log.is_over():
+                    what = "peers" if are_peers else "kernel times"
+                    log.skip(f"{what} from {setting.model} batch {setting.batch} tokens {setting.num_tokens} on")
+                    return
+                _time_source(source, setting, red, card, timer, log, are_peers)
+                _free_memory(setting)
 
 
 def red_cases(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
@@ -80,20 +82,26 @@ def _check_source(source: Source, setting: Setting, log: Log) -> None:
 
 @torch.no_grad()
 def _time_source(
-    source: Source, setting: Setting, red: set[tuple[Any, ...]], card: CardSpeed, timer: Timer, log: Log
+    source: Source,
+    setting: Setting,
+    red: set[tuple[Any, ...]],
+    card: CardSpeed,
+    timer: Timer,
+    log: Log,
+    are_peers: bool,
 ) -> None:
     try:
         for case in source(setting):
             if tuple(case.key.values()) not in red:
-                _time_case(case, card, timer, log)
+                _time_case(case, case.peers if are_peers else {"triton": case.run}, card, timer, log)
     except FAILURES as failure:
         key = setting.key(source.__name__.strip("_"))
         log.add("kernel failures", **key, who="triton", note=_describe(failure))
         _leave_if_lost(failure)
 
 
-def _time_case(case: Case, card: CardSpeed, timer: Timer, log: Log) -> None:
-    for name, function in {"triton": case.run, **case.peers}.items():
+def _time_case(case: Case, functions: dict[str, Callable[[], object]], card: CardSpeed, timer: Timer, log: Log) -> None:
+    for name, function in functions.items():
         try:
             seconds = timer.seconds(function)
         except FAILURES as failure:

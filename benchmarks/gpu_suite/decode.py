@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.gpu_suite.bytes import step_bytes
 from benchmarks.gpu_suite.card import FAILURES, CardSpeed
 from benchmarks.gpu_suite.dimensions import Dimensions, dimensions_of
 from benchmarks.gpu_suite.log import Log
+from benchmarks.gpu_suite.prefill import SHAPES, measure_prefill
 from benchmarks.gpu_suite.roofline import Card, Workload, floor_seconds
 from benchmarks.gpu_suite.static_decode import ACCEPTANCE, Measured, StaticDecode, config_directory, load_largest
 from benchmarks.random_checkpoint import make_config
@@ -52,8 +54,12 @@ def run_decode(
             log.skip(f"engine loop of {preset}")
             return
         log.add("engine loop", **measure_loop(llm, preset, min(_LOOP_BATCH, largest)))
+        for batch, num_tokens in SHAPES:
+            if batch <= largest and num_tokens <= context and not log.is_over(_ROW_SECONDS):
+                row = measure_prefill(llm, preset, batch, num_tokens, card, partial(_synchronize, llm.config.device))
+                log.add("prefill", **row)
         if preset == PEER_MODEL:
-            compare_transformers(preset, bench, log)
+            compare_transformers(preset, llm, bench, card, log)
 
 
 def _measure_batches(preset: str, bench: StaticDecode, batches: Sequence[int], card: CardSpeed, log: Log) -> None:
@@ -162,18 +168,26 @@ def _watch_waits() -> Iterator[list[warnings.WarningMessage]]:
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def compare_transformers(preset: str, bench: StaticDecode, log: Log) -> None:
-    """A row per batch size: a step of `transformers.generate` without drafts, and ours at the same length."""
+def compare_transformers(preset: str, llm: LLM, bench: StaticDecode, card: CardSpeed, log: Log) -> None:
+    """Rows of `transformers.generate` without drafts beside ours: a step at the same length, and a prompt."""
+    device = bench.table.device
     try:
-        model = make_transformers(preset, bench.table.device, bench.step.target.embed_tokens.weight.dtype)
+        model = make_transformers(preset, device, bench.step.target.embed_tokens.weight.dtype)
         for batch in PEER_BATCHES:
             if log.is_over(2 * _ROW_SECONDS):
                 log.skip(f"transformers {preset} batch {batch}")
                 return
-            theirs = _time_generate(model, batch, bench.table.device)
+            _time_generate(model, batch, _PROMPT_LEN, 2, device)
+            first, whole = (_time_generate(model, batch, _PROMPT_LEN, count, device) for count in (1, _PEER_TOKENS + 1))
+            theirs = (whole - first) / _PEER_TOKENS
             ours = bench.measure(batch, 0, context=_PROMPT_LEN + _PEER_TOKENS // 2).seconds
             row = {"model": preset, "batch": batch, "transformers_ms": 1e3 * theirs, "tandem_ms": 1e3 * ours}
             log.add("transformers", **row, ratio=theirs / ours)
+        length = bench.context
+        times = [_time_generate(model, 1, length, 1, device) for _ in range(3)]
+        ours = measure_prefill(llm, preset, 1, length, card, partial(_synchronize, device))["ms"] / 1e3
+        row = {"model": preset, "tokens": length, "transformers_ms": 1e3 * min(times), "tandem_ms": 1e3 * ours}
+        log.add("transformers prefill", **row, ratio=min(times) / ours)
     except FAILURES as failure:
         log.add("skipped", what=f"transformers {preset}", why=f"{type(failure).__name__}: {failure}"[:300])
 
@@ -191,18 +205,13 @@ def make_transformers(preset: str, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _time_generate(model: Any, batch: int, device: str) -> float:
-    prompts = torch.randint(1, model.config.vocab_size, (batch, _PROMPT_LEN), device=device)
-
-    def generate(num_tokens: int) -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        model.generate(prompts, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
-        _synchronize(device)
-        return time.perf_counter() - start
-
-    generate(2)
-    return (generate(_PEER_TOKENS + 1) - generate(1)) / _PEER_TOKENS
+def _time_generate(model: Any, batch: int, length: int, num_tokens: int, device: str) -> float:
+    prompts = torch.randint(1, model.config.vocab_size, (batch, length), device=device)
+    _synchronize(device)
+    start = time.perf_counter()
+    model.generate(prompts, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _memory(measured: Measured) -> dict[str, float]:

@@ -18,8 +18,8 @@ from benchmarks.gpu_suite.rollback import run_rollback
 from benchmarks.gpu_suite.timeline import run_timeline
 
 MODELS = decode.MODELS
-# Of the larger models, whose weights take a while.
-_WEIGHTS = {"27B": 2.0, "35B-A3B": 1.5}
+# Of the larger models, whose weights take a while, and of the first, which compiles, and has a peer.
+_WEIGHTS = {"0.8B": 2.2, "27B": 2.0, "35B-A3B": 1.5}
 PARTS = ("kernels", "equality", "decode", "rollback", "trace")
 
 
@@ -62,7 +62,7 @@ def run_job(job: str, known: list[dict[str, Any]], log: Log, trace_path: Path) -
     elif kind == "equality":
         _check_equality(details[0], log)
     elif kind == "times":
-        settings = checks.make_settings(details[0], "bfloat16", is_ragged=False)
+        settings = list(checks.make_settings(details[0], "bfloat16", is_ragged=False))
         checks.run_times(settings, checks.red_cases(known), card_speed(known), Timer(), log)
     elif kind == "decode":
         decode.run_decode(details[0], card_speed(known), log)

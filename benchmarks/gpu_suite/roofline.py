@@ -5,6 +5,7 @@ what the last tokens did; keys, values and weights are bfloat16 if not said othe
 requests, K drafts, T = K + 1 rows of each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.gpu_suite.dimensions import Dimensions
@@ -61,10 +62,7 @@ def step_pieces(sizes: Dimensions, work: Workload) -> dict[str, list[Piece]]:
     """The parts of a decode step: weights, kv, state, logits, draft."""
     num_rows = work.batch * work.rows
     head, draft_head = (sizes.hidden * vocab for vocab in (sizes.vocab, work.draft_vocab or sizes.vocab))
-    delta = sizes.hidden * (sizes.delta_projection + sizes.value_size) + sizes.taps * sizes.channels
-    attention = sizes.hidden * (sizes.attention_projection + sizes.heads * sizes.head_dim)
-    mixers = sizes.num_delta_layers * delta + sizes.num_full_layers * attention
-    draft = 2 * sizes.hidden**2 + attention
+    mixers, draft = _mixer_weights(sizes), 2 * sizes.hidden**2 + _attention_weights(sizes)
     kv_token = 2 * sizes.kv_heads * sizes.head_dim * work.element
     kv_layer = Piece(work.batch * work.context * kv_token)
     drafts: list[Piece] = []
@@ -81,6 +79,15 @@ def step_pieces(sizes: Dimensions, work: Workload) -> dict[str, list[Piece]]:
     }
 
 
+def prefill_floor_seconds(sizes: Dimensions, lens: Sequence[int], card: Card) -> float:
+    """The least time of whole prompts of `lens` tokens, without logits: products with the weights, and attention."""
+    work = Workload(batch=1, mtp_step=0)
+    layers = _weights(sizes, work, _mixer_weights(sizes), sizes.num_layers, sum(lens))
+    pairs = sum(count * (count + 1) / 2 for count in lens)
+    attention = Piece(0, 4 * sizes.heads * sizes.head_dim * pairs * sizes.num_full_layers)
+    return layers.seconds(card) + attention.seconds(card)
+
+
 def floor_seconds(sizes: Dimensions, work: Workload, card: Card) -> float:
     """The least time of a step."""
     return sum(piece.seconds(card) for pieces in step_pieces(sizes, work).values() for piece in pieces)
@@ -94,6 +101,16 @@ def floor_bytes(sizes: Dimensions, work: Workload) -> float:
 def expected_experts(sizes: Dimensions, num_rows: int) -> float:
     """How many different experts `num_rows` tokens choose in a layer."""
     return sizes.experts * (1 - (1 - sizes.chosen / sizes.experts) ** num_rows) if sizes.experts else 0.0
+
+
+def _attention_weights(sizes: Dimensions) -> int:
+    return sizes.hidden * (sizes.attention_projection + sizes.heads * sizes.head_dim)
+
+
+def _mixer_weights(sizes: Dimensions) -> int:
+    """Of all layers, without the feed-forward halves."""
+    delta = sizes.hidden * (sizes.delta_projection + sizes.value_size) + sizes.taps * sizes.channels
+    return sizes.num_delta_layers * delta + sizes.num_full_layers * _attention_weights(sizes)
 
 
 def _weights(sizes: Dimensions, work: Workload, others: int, num_layers: int, num_rows: int) -> Piece:

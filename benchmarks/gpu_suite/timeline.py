@@ -1,5 +1,6 @@
 """A Chrome trace of captured decode steps, and which kernels they spend their time in."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,48 @@ from benchmarks.gpu_suite.decode import CONTEXT
 from benchmarks.gpu_suite.log import Log
 from benchmarks.gpu_suite.static_decode import StaticDecode, config_directory, load_largest
 
-MODELS, BATCH, MTP_STEP, NUM_STEPS = ("27B", "9B", "4B", "0.8B"), 32, 1, 3
+# Models, of which the first that fits is traced; requests; drafts.
+TRACES = ((("27B", "9B", "4B"), 32, 1), (("0.8B",), 1, 0))
+NUM_STEPS = 3
 _NUM_KERNELS = 15
 
-
-def run_timeline(path: Path, log: Log, models: Sequence[str] = MODELS, context: int = CONTEXT, **settings: Any) -> None:
-    """Trace the first of the models that fits, and write the trace to `path`."""
-    for preset in models:
-        with config_directory(preset) as directory:
-            try:
-                llm, batch = load_largest(directory, [BATCH], MTP_STEP, context, **settings)
-            except MemoryError as failure:
-                log.add("skipped", what=f"trace of {preset}", why=str(failure)[:300])
-                continue
-            _trace(StaticDecode(llm, context), preset, batch, path, log)
-            return
+Trace = tuple[Sequence[str], int, int]
 
 
-def _trace(bench: StaticDecode, preset: str, batch: int, path: Path, log: Log) -> None:
+def run_timeline(
+    path: Path, log: Log, traces: Sequence[Trace] = TRACES, context: int = CONTEXT, **settings: Any
+) -> None:
+    """Trace steps of each, and write the first trace that could be made to `path`."""
+    for models, batch, mtp_step in traces:
+        for preset in models:
+            with config_directory(preset) as directory:
+                try:
+                    llm, _ = load_largest(directory, [batch], mtp_step, context, **settings)
+                except MemoryError as failure:
+                    log.add("skipped", what=f"trace of {preset}", why=str(failure)[:300])
+                    continue
+                key = {"model": preset, "batch": batch, "mtp": mtp_step}
+                _trace(StaticDecode(llm, context), key, None if path.exists() else path, log)
+                del llm
+                break
+        gc.collect()
+
+
+def _trace(bench: StaticDecode, key: dict[str, Any], path: Path | None, log: Log) -> None:
     has_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_cuda else [])]
-    with bench.captured(batch, MTP_STEP, bench.context) as captured:
+    with bench.captured(key["batch"], key["mtp"], bench.context) as captured:
         captured.replay()
         with profile(activities=activities) as profiler:
             for _ in range(NUM_STEPS):
                 captured.replay()
             if has_cuda:
                 torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    log.add("trace", model=preset, batch=batch, mtp=MTP_STEP, steps=NUM_STEPS, file=path.name)
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
+        log.add("trace", **key, steps=NUM_STEPS, file=path.name)
     for row in summarise(profiler.key_averages()):
-        log.add("where a step goes", model=preset, batch=batch, mtp=MTP_STEP, **row)
+        log.add("where a step goes", **key, **row)
 
 
 def summarise(averages: Any) -> list[dict[str, Any]]:

@@ -330,7 +330,7 @@ def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_times_come_with_peers_and_without_red_cases(tmp_path: Path) -> None:
     red = {("rms_norm", "small", 2, 1, "float32")}
-    run_times(iter([make_setting(1)]), red, SPEED, FakeTimer(), Log(tmp_path / "rows", 60))  # type: ignore[arg-type]
+    run_times([make_setting(1)], red, SPEED, FakeTimer(), Log(tmp_path / "rows", 60))  # type: ignore[arg-type]
     rows = read_rows(tmp_path / "rows")
     timed = {(row["op"], row["who"]): row for row in rows if row["table"] == "kernel times"}
     assert {("verify_attention", "triton"), ("verify_attention", "torch sdpa"), ("silu_and_mul", "torch")} < set(timed)
@@ -378,9 +378,9 @@ def test_graphs_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trace_shows_what_a_step_consists_of(
     fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timeline, "BATCH", 1)
     monkeypatch.setattr(timeline, "NUM_STEPS", 1)
-    timeline.run_timeline(tmp_path / "x.trace.json", Log(tmp_path / "rows", 60), ["nano"], context=8, **ON_CPU)
+    traces = [(("nano",), 1, 1), (("nano",), 1, 0)]
+    timeline.run_timeline(tmp_path / "x.trace.json", Log(tmp_path / "rows", 60), traces, context=8, **ON_CPU)
     assert json.loads((tmp_path / "x.trace.json").read_text())["traceEvents"]
     assert read_rows(tmp_path / "rows")[0]["table"] == "trace"
     events = [SimpleNamespace(key=f"kernel {i}", count=2, self_device_time_total=float(i)) for i in range(20)]
