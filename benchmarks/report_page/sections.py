@@ -9,7 +9,8 @@ from benchmarks.report_page.results import Result
 
 SPEED, GAIN, ROOFLINE, MEMORY = "Throughput", "Gain of MTP", "Roofline", "Memory per request"
 PEERS, GROWTH, CACHE, TRAINING, OTHERS = "Peers", "Growth", "Prefix cache", "Training", "Others"
-HEADINGS = (SPEED, GAIN, ROOFLINE, MEMORY, PEERS, GROWTH, CACHE, TRAINING, OTHERS)
+GPU, WEIGHTS = "On a GPU", "Weight updates"
+HEADINGS = (SPEED, GAIN, ROOFLINE, MEMORY, PEERS, GROWTH, CACHE, GPU, WEIGHTS, TRAINING, OTHERS)
 
 Rows = Sequence[dict[str, Any]]
 
@@ -159,6 +160,43 @@ def plot_closed_loop(results: dict[str, Any]) -> Iterator[Plot]:
             yield Plot(TRAINING, f"A head that follows its policy, {kind}", chart)
 
 
+def plot_gpu_suite(results: dict[str, Any]) -> Iterator[Plot]:
+    """Of gpu_suite: whole steps by batch size, prompts, and what both schemes of rollback take."""
+    tables = {name: _unpack(table) for name, table in results.items() if isinstance(table, dict)}
+    for model, rows in _group(tables.get("decode", ()), "model"):
+        speed, share = "tokens per second", "share of the floor"
+        yield _bars(GPU, f"Decode, {model}", "batch", speed, rows, _drafts, "tok_s")
+        yield _bars(GPU, f"Step, {model}", "batch", share, rows, _drafts, "share_of_floor", 1.0)
+    prompts = [row | {"size": f"{row['requests']} x {row['tokens']}"} for row in tables.get("prefill", ())]
+    if prompts:
+        share = "share of the floor"
+        yield _bars(GPU, "Prompts", "requests x tokens", share, prompts, "model", "share_of_floor", 1.0, x="size")
+    for name in ("kernel checks", "equal tokens", "rollback", "engine loop", "transformers"):
+        if name in tables:
+            yield Plot(GPU, name.capitalize(), rows=tables[name])
+
+
+def _drafts(row: dict[str, Any]) -> str:
+    return f"mtp_step {row['mtp']}"
+
+
+def _unpack(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def plot_weight_updates(results: dict[str, Any]) -> Iterator[Plot]:
+    """Of weight_updates: how long each way takes, and how long streams stand still."""
+    for title, columns in (
+        ("An update", {"until it serves": "update_seconds", "the publisher's part": "publish_seconds"}),
+        ("Of these, without tokens", {"commit": "commit_ms", "longest gap of a stream": "longest_gap_ms"}),
+    ):
+        rows = results["times"]
+        series = [Series(label, [(row["way"], row[column]) for row in rows]) for label, column in columns.items()]
+        unit = "seconds" if title == "An update" else "ms"
+        yield Plot(WEIGHTS, title, Chart("bars", "way", unit, series))
+    yield Plot(WEIGHTS, "Under load", rows=[results["load"]])
+
+
 def plot_tables(results: Any) -> Iterator[Plot]:
     """Whatever rows there are."""
     tables = results if isinstance(results, dict) else {"": results}
@@ -177,6 +215,8 @@ SECTIONS: dict[str, Callable[[Any], Iterable[Plot]]] = {
     "multi_turn": plot_multi_turn,
     "training_speed": plot_training,
     "closed_loop": plot_closed_loop,
+    "gpu_suite": plot_gpu_suite,
+    "weight_updates": plot_weight_updates,
 }
 
 

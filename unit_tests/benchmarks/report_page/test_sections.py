@@ -5,7 +5,19 @@ from typing import Any
 import pytest
 
 from benchmarks.report_page.results import Result
-from benchmarks.report_page.sections import GAIN, GROWTH, OTHERS, PEERS, ROOFLINE, SPEED, TRAINING, Plot, make_plots
+from benchmarks.report_page.sections import (
+    GAIN,
+    GPU,
+    GROWTH,
+    OTHERS,
+    PEERS,
+    ROOFLINE,
+    SPEED,
+    TRAINING,
+    WEIGHTS,
+    Plot,
+    make_plots,
+)
 
 
 def plots_of(benchmark: str, results: Any) -> list[Plot]:
@@ -102,3 +114,33 @@ def test_benchmarks_without_plots_of_their_own_are_tables() -> None:
 def test_results_of_another_form_raise() -> None:
     with pytest.raises(KeyError):
         plots_of("adaptive", {})
+
+
+def test_a_gpu_has_steps_and_prompts_by_model_and_what_was_checked() -> None:
+    def pack(**columns: list[Any]) -> dict[str, Any]:
+        return {"columns": list(columns), "rows": [list(row) for row in zip(*columns.values(), strict=True)]}
+
+    decode = pack(
+        model=["a", "a", "b"], batch=[1, 1, 1], mtp=[0, 3, 0], tok_s=[5.0, 9.0, 2.0], share_of_floor=[0.9, 0.7, 0.8]
+    )
+    prefill = pack(model=["a"], requests=[1], tokens=[128], share_of_floor=[0.5])
+    tables = {"decode": decode, "prefill": prefill, "rollback": pack(ratio=[1.5]), "trace": pack(file=["x"])}
+    plots = plots_of("gpu_suite", {"is_red": False, **tables})
+    assert {plot.heading for plot in plots} == {GPU}
+    assert [plot.title for plot in plots] == ["Decode, a", "Step, a", "Decode, b", "Step, b", "Prompts", "Rollback"]
+    assert plots[0].chart is not None and [series.name for series in plots[0].chart.series] == [
+        "mtp_step 0",
+        "mtp_step 3",
+    ]
+    assert plots[-1].rows == [{"ratio": 1.5}]
+
+
+def test_weight_updates_have_times_of_each_way_and_the_load() -> None:
+    times = {"update_seconds": 2.0, "publish_seconds": 1.0, "commit_ms": 100.0, "longest_gap_ms": 150.0}
+    plots = plots_of("weight_updates", {"load": {"lost": []}, "times": [{"way": "disk", **times}]})
+    assert [(plot.heading, plot.title) for plot in plots] == [
+        (WEIGHTS, "An update"),
+        (WEIGHTS, "Of these, without tokens"),
+        (WEIGHTS, "Under load"),
+    ]
+    assert plots[1].chart is not None and plots[1].chart.series[0].points == [("disk", 100.0)]
