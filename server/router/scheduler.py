@@ -7,7 +7,6 @@ heard of runs once more for nothing, and what a request leaves behind is carried
 
 import bisect
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +18,12 @@ from server.messages import Failed, TokenOutput
 from server.request import Batch, Outcome, Request, Step, Work
 from server.router.admission import Admission, service_order
 from server.router.planner import Planner, SpeculationState
+from server.router.prompt_pace import PromptPace
 from server.router.watchdog import Watchdog
 
 # Verify steps in a row without one accepted draft that are a fault. Where depths adapt, the request goes on
 # without drafts.
 MAX_REFUSED_STEPS = 64
-_MIN_CHUNK = 16
 
 log = logging.getLogger("tandem.engine")
 
@@ -44,7 +43,7 @@ class Scheduler(Admission):
         super().__init__(limits, turn_ids, is_intact, clock, watchdog)
         self.planner = planner
         self._after = list[CacheOp]()
-        self._chunk_limit = limits.chunked_prefill_size
+        self._pace = PromptPace(limits)
         self._collected_at = clock()  # the last step was collected then
 
     def has_work(self) -> bool:
@@ -88,7 +87,7 @@ class Scheduler(Admission):
         return [output for output in outputs if output is not None]
 
     def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
-        """A chunk beside a decode pass: cut the next one so that it prolongs the step as `stream_slowdown` allows."""
+        """What planner and pace need to know of a step."""
         since, self._collected_at = self._collected_at, self.clock()
         prefill_len, prefill_seconds, decode_seconds = 0, 0.0, 0.0
         for batch, outcome in zip(step.batches, outcomes, strict=True):
@@ -100,10 +99,7 @@ class Scheduler(Admission):
                     self.planner.record_overhead(self._collected_at - since - outcome.seconds)
             else:
                 prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
-        if prefill_len and decode_seconds and not math.isinf(self.limits.stream_slowdown):
-            change = (self.limits.stream_slowdown - 1) * decode_seconds / prefill_seconds
-            wanted = int(prefill_len * max(0.5, min(2.0, change)))
-            self._chunk_limit = max(_MIN_CHUNK, min(wanted, self.limits.chunked_prefill_size))
+        self._pace.collect(prefill_len, prefill_seconds, decode_seconds)
 
     # What a pass gave.
 
@@ -218,7 +214,7 @@ class Scheduler(Admission):
 
     def _cut_chunks(self, has_decode: bool) -> list[tuple[Request, int]]:
         """Who computes known tokens in this step, and up to where."""
-        budget = self._chunk_limit if has_decode else self.limits.chunked_prefill_size
+        budget = self._pace.budget(has_decode)
         chunks = []
         for request in self.running:
             if not request.is_decoding and budget:
@@ -226,6 +222,7 @@ class Scheduler(Admission):
                 end = min([start + budget, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))
                 budget -= end - start
+        self._pace.plan(sum(end - request.num_computed for request, end in chunks), has_decode)
         return chunks
 
     def _prefill_work(self, request: Request, end: int, depth: int) -> Work:

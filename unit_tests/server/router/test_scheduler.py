@@ -1,6 +1,7 @@
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -297,21 +298,34 @@ def test_a_preempted_request_is_not_admitted_before_its_step_in_flight_is_known(
     assert batch.works[0].token_ids == (0, 1, 2, 3, 1, 1, 1) and batch.works[0].output_ids == (1, 1, 1)
 
 
-def test_prompts_beside_decoding_requests_are_cut_so_that_a_step_takes_about_twice_as_long() -> None:
-    scheduler = make_scheduler(stream_slowdown=2.0, chunked_prefill_size=512, num_pages=400, max_running_requests=2)
-    scheduler.add(make_request("short", 2, max_tokens=60))
-    play(scheduler)
-    long = Request.create(Generate("long", [7] * 1400, SamplingParams(max_tokens=4)), (EOS,), max_model_len=1500)
-    scheduler.add(long)
-    sizes = []
-    while not long.is_decoding:
+def test_prompts_beside_decoding_requests_make_steps_take_about_twice_as_long_on_average() -> None:
+    """A pass costs 40 ms and 1 ms per token: chunks of 120 tokens in every fourth step or so."""
+    scheduler = make_scheduler(stream_slowdown=2.0, chunked_prefill_size=512, num_pages=1000, max_running_requests=2)
+    short, long = (
+        Request.create(Generate(name, [7] * length, SamplingParams(max_tokens=200)), (EOS,), max_model_len=3300)
+        for name, length in (("short", 2), ("long", 3000))
+    )
+
+    def take_step() -> int:
+        """Prompt tokens of the next step."""
         step = scheduler.schedule()
         assert step is not None
-        prefill, decode = step.batches
-        sizes += counts(prefill)
-        costs = (replace(answer(prefill, 1), seconds=0.001 * sizes[-1]), replace(answer(decode, 1), seconds=0.05))
-        scheduler.collect(step, list(costs))
-    assert sizes[:5] == [512, 256, 128, 64, 50] and set(sizes[5:-1]) == {50}
+        sizes = [sum(counts(batch)) for batch in step.batches if not batch.is_verify]
+        seconds = [0.04 + 0.001 * size for size in sizes] + [0.05]
+        outcomes = zip(step.batches, seconds, strict=False)
+        scheduler.collect(step, [replace(answer(batch, 1), seconds=took) for batch, took in outcomes])
+        return sum(sizes)
+
+    scheduler.add(short)
+    while not short.is_decoding:
+        take_step()
+    scheduler.add(long)
+    steps = []
+    while not long.is_decoding:
+        steps.append(take_step())
+    places = [number for number, size in enumerate(steps) if size]
+    assert steps[0] == 512 and {steps[place] for place in places[4:-1]} <= {119, 120}
+    assert {after - before for before, after in pairwise(places[4:])} == {3, 4}
 
 
 def test_logits_that_are_not_finite_are_computed_again_alone_and_then_fail() -> None:

@@ -1,0 +1,98 @@
+"""How many prompt tokens run beside a decode pass, and in which steps. Knows counts and seconds. No torch.
+
+A prefill pass over n tokens takes about F + c · n seconds: F for the weights and for launching, however short it is. A
+chunk in every step, small enough for the decoding requests, would be spent on F alone. So it is as long as
+--stream-slowdown allows per step, or takes _FIXED_PARTS · F where that is longer, and then comes in fewer steps: on
+average decoding requests are slowed down as asked for.
+"""
+
+import math
+
+from server.config import Limits
+
+MIN_CHUNK = 16
+# Of four fixed parts one is lost.
+_FIXED_PARTS = 4
+# Of the decode passes' time, at least, that prompts get: they may not starve.
+_LEAST_SHARE = 0.05
+# What a pass tells counts less with every later one.
+_MEMORY = 0.9
+# Relative variance of the passes' lengths above which their times tell F and c apart.
+_TELLING_VARIANCE = 0.02
+
+
+class PromptPace:
+    """The scheduler asks for `budget`, tells what it has planned and, in the same order, what that took."""
+
+    def __init__(self, limits: Limits):
+        self._most, self._share = limits.chunked_prefill_size, max(limits.stream_slowdown - 1, _LEAST_SHARE)
+        self._chunk = self._most
+        self._costs = PassCosts()
+        self._decode_seconds = 0.0
+        # Seconds of prefill that decode passes have not made up for yet, of passes that are known and planned ones.
+        self._owed, self._expected = 0.0, 0.0
+        self._num_planned = 0
+
+    def budget(self, has_decode: bool) -> int:
+        """Prompt tokens that the next step may compute."""
+        if not has_decode or math.isinf(self._share):
+            return self._most
+        due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
+        return 0 if due > 1e-9 else self._chunk
+
+    def plan(self, num_tokens: int, has_decode: bool) -> None:
+        """The next step computes num_tokens of prompts."""
+        if not has_decode:
+            self._owed, self._expected, self._num_planned = 0.0, 0.0, 0
+            return
+        self._num_planned += 1
+        if num_tokens:
+            self._expected = self._costs.seconds(num_tokens)
+
+    def collect(self, num_tokens: int, prefill_seconds: float, decode_seconds: float) -> None:
+        """What a step took: seconds of either pass, 0 where there was none."""
+        if num_tokens:
+            self._costs.record(num_tokens, prefill_seconds)
+        if not decode_seconds or math.isinf(self._share):
+            return
+        self._decode_seconds = decode_seconds
+        self._num_planned = max(0, self._num_planned - 1)
+        allowance = self._share * decode_seconds
+        self._owed = max(-allowance, self._owed + prefill_seconds - allowance)
+        if num_tokens:
+            self._expected = 0.0
+            fixed, per_token = self._costs.split(decode_seconds)
+            wanted = (max(allowance, _FIXED_PARTS * fixed) - fixed) / max(per_token, 1e-12)
+            wanted = min(max(wanted, self._chunk / 2), 2 * self._chunk, self._most)
+            self._chunk = max(MIN_CHUNK, int(wanted))
+
+
+class PassCosts:
+    """Seconds of prefill passes by their lengths: weighted sums for a straight line through them."""
+
+    def __init__(self) -> None:
+        self._weight = self._n = self._s = self._nn = self._ns = 0.0
+        self._fixed: float | None = None
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """One pass."""
+        values = (1.0, num_tokens, seconds, num_tokens**2, num_tokens * seconds)
+        sums = (self._weight, self._n, self._s, self._nn, self._ns)
+        self._weight, self._n, self._s, self._nn, self._ns = (
+            _MEMORY * total + value for total, value in zip(sums, values, strict=True)
+        )
+
+    def seconds(self, num_tokens: int) -> float:
+        """About what a pass over so many takes: as many for each as on average."""
+        return num_tokens * self._s / self._n if self._n else 0.0
+
+    def split(self, decode_seconds: float) -> tuple[float, float]:
+        """F and c. Passes of one length do not tell them apart: F is then what it was, or at first that of a decode
+        pass, which reads the same weights."""
+        length, mean = self._n / self._weight, self._s / self._weight
+        variance = self._nn / self._weight - length**2
+        if variance > _TELLING_VARIANCE * length**2:
+            per_token = (self._ns / self._weight - length * mean) / variance
+            self._fixed = mean - min(max(0.0, per_token), mean / length) * length
+        fixed = min(mean, decode_seconds if self._fixed is None else self._fixed)
+        return fixed, (mean - fixed) / length

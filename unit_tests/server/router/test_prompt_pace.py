@@ -1,0 +1,102 @@
+"""Prompts get the share of the time that they may have, in chunks that are worth their fixed cost."""
+
+import math
+
+import pytest
+
+from server.config import Limits
+from server.router.prompt_pace import MIN_CHUNK, PassCosts, PromptPace
+
+
+def make_pace(slowdown: float, most: int = 512) -> PromptPace:
+    return PromptPace(Limits(4, most, 16, 100, 0, stream_slowdown=slowdown))
+
+
+def drive(
+    pace: PromptPace, fixed: float, per_token: float, decode: float, ahead: int = 0, num_steps: int = 400
+) -> tuple[list[int], float]:
+    """Steps that all decode, with prompts without end; results are known `ahead` steps late. Chunks, 0 where there was
+    none, and the steps' time over that of decoding alone, both of the second half."""
+    chunks: list[int] = []
+    for number in range(num_steps + ahead):
+        if number < num_steps:
+            chunks.append(pace.budget(True))
+            pace.plan(chunks[-1], True)
+        if number >= ahead:
+            size = chunks[number - ahead]
+            pace.collect(size, fixed + per_token * size if size else 0.0, decode)
+    late = chunks[num_steps // 2 :]
+    prefill = sum(fixed + per_token * size for size in late if size)
+    return late, 1 + prefill / (decode * len(late))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("slowdown", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize(
+    ("fixed", "per_token", "decode"), [(0.04, 0.002, 0.05), (0.016, 9e-5, 0.02), (0.0, 0.001, 0.05)]
+)
+def test_decoding_is_slowed_down_as_asked_for_on_average(
+    fixed: float, per_token: float, decode: float, slowdown: float, ahead: int
+) -> None:
+    chunks, measured = drive(make_pace(slowdown), fixed, per_token, decode, ahead)
+    assert measured == pytest.approx(slowdown, rel=0.1)
+    sizes = {size for size in chunks if size}
+    assert all(fixed + per_token * size >= 3.7 * fixed for size in sizes) or sizes == {512}
+
+
+def test_without_a_fixed_cost_every_step_has_a_chunk() -> None:
+    chunks, _ = drive(make_pace(2.0), 0.0, 0.001, 0.05)
+    assert set(chunks) <= {49, 50, 51}
+
+
+def test_where_launching_is_all_that_costs_a_chunk_is_as_long_as_it_may_be() -> None:
+    """Eight milliseconds whatever is in it, beside decode passes of one: seldom, but whole."""
+    chunks, measured = drive(make_pace(2.0), 0.008, 1e-6, 0.001)
+    assert set(chunks) == {0, 512} and measured == pytest.approx(2.0, rel=0.1)
+
+
+def test_prompts_do_not_starve_where_nothing_may_be_slowed_down() -> None:
+    chunks, measured = drive(make_pace(1.0), 0.04, 0.002, 0.05, num_steps=4000)
+    assert 1.0 < measured < 1.1 and any(chunks)
+
+
+def test_an_infinite_slowdown_and_steps_without_decoding_take_whole_chunks() -> None:
+    assert drive(make_pace(math.inf), 0.04, 0.002, 0.05)[0] == [512] * 200
+    pace = make_pace(2.0)
+    for _ in range(5):
+        assert pace.budget(False) == 512
+        pace.plan(512, False)
+        pace.collect(512, 1.0, 0.0)
+
+
+def test_what_was_owed_is_forgotten_once_nobody_decodes() -> None:
+    pace = make_pace(2.0)
+    pace.plan(512, True)
+    pace.collect(512, 1.0, 0.05)
+    assert pace.budget(True) == 0
+    pace.plan(300, False)
+    pace.collect(300, 0.5, 0.0)
+    assert pace.budget(True) >= MIN_CHUNK
+
+
+def test_a_line_through_passes_of_several_lengths_tells_fixed_from_growing_cost() -> None:
+    costs = PassCosts()
+    for size in (512, 100, 300, 40):
+        costs.record(size, 0.03 + 0.001 * size)
+    assert costs.split(0.2) == pytest.approx((0.03, 0.001))
+
+
+def test_what_passes_of_several_lengths_told_is_remembered() -> None:
+    costs = PassCosts()
+    for size in (512, 100, *[120] * 100):
+        costs.record(size, 0.03 + 0.001 * size)
+        fixed, per_token = costs.split(0.2)
+    assert (fixed, per_token) == pytest.approx((0.03, 0.001))
+
+
+def test_passes_of_one_length_are_split_by_what_a_decode_pass_costs() -> None:
+    costs = PassCosts()
+    costs.record(100, 0.15)
+    assert costs.split(0.05) == pytest.approx((0.05, 0.001))
+    assert costs.split(0.5) == pytest.approx((0.15, 0.0))
+    assert costs.seconds(200) == pytest.approx(0.3)
