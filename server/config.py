@@ -19,6 +19,9 @@ MAX_CHUNK = 65535
 MAX_BEHIND = 16
 # Default of --draft-vocab-size.
 DRAFT_VOCAB_SIZE = 32768
+# What GOMP_SPINCOUNT should be where torch is loaded. Behind an operation torch's threads then keep their cores for a
+# moment, as a prefill wants, not for the milliseconds of libgomp's default: others need the cores, too.
+GOMP_SPIN_COUNT = "20000"
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 # Values of --generation-config that are no directory; the last one by vLLM's name.
 OF_THE_CHECKPOINT, NEUTRAL = "auto", ("none", "vllm")
@@ -87,7 +90,7 @@ class EngineConfig:
     )
     chunked_prefill_size: int = _scheduling(512, "prompt tokens per engine step, at most")
     stream_slowdown: float = _scheduling(
-        2.0, "while requests decode, prompt tokens may prolong a step to this many times its own length, about"
+        2.0, "while requests decode, prompt tokens may prolong steps to this many times their own length, on average"
     )
     page_size: int = _memory(16, "tokens per KV page")
     mem_fraction_static: float = _memory(

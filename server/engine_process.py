@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 import tqdm
 
 from server.channel import SyncEnd
-from server.config import EngineConfig
+from server.config import GOMP_SPIN_COUNT, EngineConfig
 from server.control import Control, Done
 from server.errors import InvalidRequest, TandemError
 from server.logs import set_up_log
@@ -80,9 +80,7 @@ def run(
     # The lock that tqdm would make is a semaphore of the system, which outlives a killed process.
     tqdm.tqdm.set_lock(threading.RLock())
     set_up_log(log_level, log_format)
-    # Behind an operation torch's threads keep their cores for a moment, as a prefill wants, not for the milliseconds of
-    # libgomp's default: the cores are the api's and its clients', too.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPIN_COUNT)  # read when torch is loaded, which happens below
     channel = SyncEnd(endpoint)
     try:
         loaded = _load(engine, config)

