@@ -64,6 +64,12 @@ void add_lanes(V* v) {
     }
 }
 
+// The place in the tile after this one: a row of weights is too short for the processor to see it coming.
+template <int COLS, typename W>
+void fetch_ahead(const W* weights, int64_t stride) {
+    __builtin_prefetch(weights + COLS * stride);
+}
+
 // y [ROWS, N] of x [ROWS, K] against COLS rows of W, which lie `stride` elements apart.
 template <int ROWS, int COLS, typename W, typename F>
 void multiply_tile(const F* x, const W* weight, F* y, int64_t K, int64_t stride, int64_t N) {
@@ -74,7 +80,10 @@ void multiply_tile(const F* x, const W* weight, F* y, int64_t K, int64_t stride,
     for (; k + L <= K; k += L) {
         V w[COLS];
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) w[c] = load(weight + c * stride + k);
+        for (int c = 0; c < COLS; ++c) {
+            fetch_ahead<COLS>(weight + c * stride + k, stride);
+            w[c] = load(weight + c * stride + k);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const V a = load(x + r * K + k);
@@ -116,7 +125,10 @@ void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int6
     for (; k + 32 <= K; k += 32) {
         __m512bh w[COLS];
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) w[c] = (__m512bh)_mm512_loadu_si512(weight + c * K + k);
+        for (int c = 0; c < COLS; ++c) {
+            fetch_ahead<COLS>(weight + c * K + k, K);
+            w[c] = (__m512bh)_mm512_loadu_si512(weight + c * K + k);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const __m512bh a = (__m512bh)_mm512_loadu_si512(x + r * K + k);

@@ -259,6 +259,9 @@ class QuantizedRows {
     std::unique_ptr<int32_t[]> numbers_;
 };
 
+// How far ahead weights are asked for: the processor itself looks no further than a page.
+constexpr int64_t AHEAD_BYTES = 8192;
+
 // y [ROWS, 16] of a block and a tile.
 template <int BITS, int ROWS>
 void multiply_block(const RowBlock& block, const uint8_t* words, const bf16* scales, float* y) {
@@ -269,6 +272,7 @@ void multiply_block(const RowBlock& block, const uint8_t* words, const bf16* sca
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) sums[r] = fill(block.corrections[g * ROWS + r]);
         for (int64_t word = 0; word < GROUP_INPUTS / word_inputs(BITS); ++word, words += WORD_BYTES) {
+            __builtin_prefetch(words + AHEAD_BYTES);
             const Bytes bytes = load_bytes(words);
             if constexpr (BITS == 4) {
                 const Bytes first = lower(bytes), second = upper(bytes);
