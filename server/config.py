@@ -88,7 +88,9 @@ class EngineConfig:
         "requests that decode at the same time (rows of the request table); default: 16 (GPU: 128), fewer if memory is "
         "short",
     )
-    chunked_prefill_size: int = _scheduling(512, "prompt tokens per engine step, at most")
+    chunked_prefill_size: int | None = _scheduling(
+        None, "prompt tokens per engine step, at most; default: 512 (GPU: 2048)"
+    )
     stream_slowdown: float = _scheduling(
         2.0, "while requests decode, prompt tokens may prolong steps to this many times their own length, on average"
     )
@@ -136,15 +138,15 @@ class EngineConfig:
             raise ConfigError(f"--mtp-step is {self.mtp_step}, the range is 0..{MAX_MTP_STEP}")
         if self.draft_vocab_size is not None and self.draft_vocab_size < 0:
             raise ConfigError(f"--draft-vocab-size is {self.draft_vocab_size}, it must be at least 0")
-        for name in ("chunked_prefill_size", "page_size", "checkpoint_interval"):
+        for name in ("page_size", "checkpoint_interval"):
             _require_positive(name, getattr(self, name))
         for name in (
             *("max_running_requests", "max_model_len", "max_total_tokens", "num_threads", "request_timeout"),
-            "cuda_graph_max_bs",
+            *("cuda_graph_max_bs", "chunked_prefill_size"),
         ):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
-        if self.chunked_prefill_size > MAX_CHUNK:
+        if (self.chunked_prefill_size or 0) > MAX_CHUNK:
             raise ConfigError(f"--chunked-prefill-size is {self.chunked_prefill_size}, it must be at most {MAX_CHUNK}")
         for name in ("checkpoint_bytes", "host_cache_bytes", "watchdog"):
             if (getattr(self, name) or 0) < 0:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # If nothing else is asked for and memory allows: on a CPU, and where a decode step is one launch of a GPU.
 DEFAULT_RUNNING_REQUESTS, DEFAULT_GPU_REQUESTS = 16, 128
+# Prompt tokens of a step. A GPU reads its weights in the time of some hundred tokens' products.
+DEFAULT_CHUNK, DEFAULT_GPU_CHUNK = 512, 2048
 DEFAULT_MAX_MODEL_LEN = 32768
 DEFAULT_MAX_TOTAL_TOKENS, DEFAULT_GPU_TOKENS = 65536, 524288
 MIB = 2**20
@@ -129,12 +131,16 @@ def _most_rows(config: EngineConfig, on_gpu: bool) -> int:
     return config.max_running_requests or (DEFAULT_GPU_REQUESTS if on_gpu else DEFAULT_RUNNING_REQUESTS)
 
 
+def _chunk_size(config: EngineConfig, on_gpu: bool) -> int:
+    return config.chunked_prefill_size or (DEFAULT_GPU_CHUNK if on_gpu else DEFAULT_CHUNK)
+
+
 def _workspace(config: EngineConfig, model: ModelConfig, on_gpu: bool) -> int:
     """Bytes of what lives during one pass: float32 logits of the rows, before and after their rules, or a chunk's
     activations of one layer."""
     num_rows = _most_rows(config, on_gpu) * (config.mtp_step + 1)
     per_token = 4 * model.hidden_size + 3 * max(model.intermediate_size, model.conv_channels, 2 * model.hidden_size)
-    return 4 * (2 * num_rows * model.vocab_size + config.chunked_prefill_size * per_token)
+    return 4 * (2 * num_rows * model.vocab_size + _chunk_size(config, on_gpu) * per_token)
 
 
 def plan_memory(config: EngineConfig, model: ModelConfig, sizes: Sizes, free_bytes: int | None = None) -> MemoryPlan:
@@ -193,7 +199,7 @@ def _choices(config: EngineConfig, longest: int, sizes: Sizes) -> list[tuple[int
 def _limits(config: EngineConfig, sizes: Sizes, num_rows: int, num_pages: int, num_checkpoints: int) -> Limits:
     return Limits(
         max_running_requests=num_rows,
-        chunked_prefill_size=config.chunked_prefill_size,
+        chunked_prefill_size=_chunk_size(config, on_gpu=sizes.decode > 0),
         page_size=config.page_size,
         num_pages=num_pages,
         mtp_step=config.mtp_step,

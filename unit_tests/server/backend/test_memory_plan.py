@@ -388,6 +388,9 @@ def test_a_decode_step_on_a_gpu_costs_memory_per_row_and_lets_no_draft_head_fall
     assert plan_memory(config, MODEL, with_step).limits.max_behind == 0
     limits = plan_memory(EngineConfig(mtp_step=2, max_model_len=512), MODEL, with_step).limits
     assert limits.max_running_requests == 128 and limits.num_pages * 16 >= 128 * 512
+    assert limits.chunked_prefill_size == 2048 and plan_memory(config, MODEL, plain).limits.chunked_prefill_size == 512
+    asked = EngineConfig(mtp_step=2, max_model_len=512, chunked_prefill_size=100)
+    assert plan_memory(asked, MODEL, with_step).limits.chunked_prefill_size == 100
     assert "decode step" in describe_memory(plan_memory(config, MODEL, with_step))
 
 
