@@ -44,6 +44,17 @@ class Logprobs(NamedTuple):
     ranks: Tensor
 
 
+def mask(logits: Tensor, packed: Tensor) -> Tensor:
+    """A copy of logits [N, V], -inf where packed [N, ceil(V / 32)] int32 has no bit: token t's is bit t % 32 of word
+    t // 32."""
+    is_served = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+    library = load_library() if is_served else None
+    if library is not None:
+        return _mask_cpp(library, logits, packed)
+    bits = packed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=packed.device) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+
+
 def penalise(logits: Tensor, rows: Tensor, table: PenaltyTable, window: Tensor | None = None) -> Tensor:
     """`apply_penalties` with what the table's rows [N] int64 say, those of a request side by side: a copy of logits [N,
     V].
@@ -79,17 +90,16 @@ def apply_penalties(
     return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 
 
-def count_outputs(output_counts: Tensor, rows: Tensor, which: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
-    """Add to output_counts [R, V] int32, in `rows` [n], the first accept_lens [B] of token_ids [B, T] of the requests
-    `which` [n]. All others are int64."""
+def count_outputs(output_counts: Tensor, rows: Tensor, token_ids: Tensor, accept_lens: Tensor) -> None:
+    """Add to output_counts [R, V] int32, in `rows` [B], the first accept_lens [B] of token_ids [B, T]. All others are
+    int64."""
     library = load_library() if output_counts.device.type == "cpu" else None
     if library is not None:
-        inputs = [tensor.contiguous() for tensor in (rows, which, token_ids, accept_lens)]
+        inputs = [tensor.contiguous() for tensor in (rows, token_ids, accept_lens)]
         addresses = [tensor.data_ptr() for tensor in inputs]
         sizes = (len(rows), token_ids.shape[1], output_counts.shape[1])
         library.count_outputs_int32(output_counts.data_ptr(), *addresses, *sizes)
         return
-    token_ids, accept_lens = token_ids[which], accept_lens[which]
     is_emitted = torch.arange(token_ids.shape[1], device=token_ids.device) < accept_lens[:, None]
     flat = rows[:, None] * output_counts.shape[1] + token_ids
     output_counts.view(-1).scatter_add_(0, flat.flatten(), is_emitted.flatten().int())
@@ -226,6 +236,15 @@ def _draw_cpp(library: ctypes.CDLL, logits: Tensor, temperature: Tensor, seeds: 
     addresses = [tensor.data_ptr() for tensor in (*inputs, token_ids)]
     function(*addresses, rows, vocab_size, num_threads)
     return token_ids
+
+
+def _mask_cpp(library: ctypes.CDLL, logits: Tensor, packed: Tensor) -> Tensor:
+    logits, packed = logits.contiguous(), packed.contiguous()
+    out = torch.empty_like(logits)
+    function = library.mask_float32 if logits.dtype == torch.float32 else library.mask_float64
+    num_threads = _count_threads(logits.numel())
+    function(logits.data_ptr(), out.data_ptr(), packed.data_ptr(), *logits.shape, num_threads)
+    return out
 
 
 def _penalise_cpp(

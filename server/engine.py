@@ -18,7 +18,7 @@ from server.backend.grammar_compiler import GrammarCompiler
 from server.backend.grammar_queue import GrammarQueue
 from server.backend.lane import Lane, NoTrace, Readback, Trace
 from server.backend.memory_plan import memory_parts
-from server.backend.pass_masks import DraftMasks, mask_rows
+from server.backend.pass_masks import DraftMasks, RowMasks
 from server.backend.pass_result import PassLogprobs, PassResult, Stopwatch
 from server.backend.prompt_scores import score_prompts
 from server.backend.request_table import has_penalty
@@ -76,6 +76,7 @@ class Engine:
         )
         compiler = GrammarCompiler(config.model, table.vocab_size, self.runner.eos_ids)
         self.grammars = GrammarQueue(compiler, self.runner.eos_ids, table.vocab_size)
+        self.masks = RowMasks(table.vocab_size, table.device)
         self.controls = EngineControl(self.runner, self.scheduler, self.grammars, self.drain, self.flush_cache)
         self._num_steps = 0
         self._in_flight: tuple[Step, Future[list[PassResult]]] | None = None
@@ -214,15 +215,15 @@ class Engine:
             with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in batch.works)):
                 return self._result(runner.decode.run(batch), batch, watch)
         forward = build_forward_batch(batch, runner.table)
-        window = Readback(forward.token_ids) if batch.has_matchers else None  # arrives while the target runs
+        read_masks = self.masks.start(batch, forward.token_ids) if batch.has_matchers else None
         with self.trace.span("verify" if batch.is_verify else "prefill", "device", rows=len(forward.token_ids)):
             hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
             rows = hidden if batch.is_verify else hidden[last_indices(forward)]
             logits = runner.target.compute_logits(rows)  # [N or B, V]
-            masks = None if window is None else mask_rows(batch, window.read()[0], logits)
-            sampled = runner.sampler.sample(logits, forward, batch, masks)
+            sampled = runner.sampler.sample(logits, forward, batch, read_masks and read_masks())
             scores = score_prompts(runner.target, runner.table, hidden, batch)
-        self._count_outputs(batch, sampled)
+        if any(has_penalty(work.sampling) for work in batch.works):  # of the drafts and of later steps
+            runner.table.count_outputs(forward, sampled.token_ids, sampled.accept_lens)
         newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
         drafts = newest[:, :0]
         if runner.drafter is not None and not batch.is_idle:
@@ -238,13 +239,6 @@ class Engine:
         """What the host will read of a pass, on its way."""
         readback = Readback(sampled.token_ids, sampled.accept_lens, sampled.match_lens, sampled.is_finite)
         return PassResult(readback, self.runner.sampler.logprobs(sampled, batch), watch.stop(), scores)
-
-    def _count_outputs(self, batch: Batch, sampled: Sampled) -> None:
-        """Penalties of the drafts and of later steps need to know what this one emitted."""
-        which = [i for i, work in enumerate(batch.works) if has_penalty(work.sampling)]
-        if which:
-            rows = [batch.works[i].row for i in which]
-            self.runner.table.count_outputs(rows, which, sampled.token_ids, sampled.accept_lens)
 
     def _probe(self) -> None:
         """Serve one request at start and check its state, so that a broken machine or build is told before it

@@ -6,6 +6,7 @@ ids, never text (stop strings ride along for the side that detokenises). No torc
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from server.control import Control, Done
 from server.errors import InvalidRequest
@@ -193,8 +194,7 @@ class Abort:
     request_id: str
 
 
-@dataclass  # not frozen: that takes four times as long to make, and there is one per token
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):  # no dataclass: there is one per token, and so it is written without its fields' names
     """Log-probabilities at one position: its token's, and the best alternatives, best first. `rank` is one more than
     the number of tokens that were likelier."""
 
@@ -204,7 +204,7 @@ class TokenLogprobs:
     rank: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that takes four times as long to make, and there is one per request and step
 class TokenOutput:
     """engine -> api: tokens that one step gave one request, or several steps one that is `told_whole`.
 

@@ -29,8 +29,9 @@ _SIGNATURES = {
     "rms_norm": ((*[_POINTER] * 3, _SIZE, _SIZE, _REAL), ("float32", "float64")),
     "accept": ((*[_POINTER] * 7, *[_SIZE] * 3), ("int64",)),
     "draw": ((*[_POINTER] * 5, _SIZE, _SIZE, _COUNT), ("float32", "float64")),
+    "mask": ((*[_POINTER] * 3, _SIZE, _SIZE, _COUNT), ("float32", "float64")),
     "penalise": ((*[_POINTER] * 4, _SIZE, *[_POINTER] * 3, _SIZE, _SIZE, _COUNT), ("float32", "float64")),
-    "count_outputs": ((*[_POINTER] * 5, *[_SIZE] * 3), ("int32",)),
+    "count_outputs": ((*[_POINTER] * 4, *[_SIZE] * 3), ("int32",)),
     "logprobs": ((*[_POINTER] * 7, *[_SIZE] * 3, _COUNT), ("float32", "float64")),
     "decoder": (
         (*[_POINTER] * 3, _SIZE, _POINTER, _POINTER, _REAL, *[_POINTER] * 5, _COUNT),

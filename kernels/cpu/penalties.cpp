@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "team.h"
 
@@ -52,7 +53,35 @@ void penalise(const F* logits, F* out, const int64_t* rows, const float* penalti
     });
 }
 
+template <typename F>
+void mask(const F* logits, F* out, const uint32_t* packed, int64_t num_rows, int64_t vocab, int num_threads) {
+    constexpr int64_t BITS = 32;
+    const int64_t num_words = (vocab + BITS - 1) / BITS;
+    const tandem::Team team(num_threads);
+    team.each(num_rows, [&](int64_t n) {
+        for (int64_t w = 0; w < num_words; ++w) {
+            const F* x = logits + n * vocab + w * BITS;
+            F* y = out + n * vocab + w * BITS;
+            const uint32_t word = packed[n * num_words + w];
+            const int64_t count = std::min(BITS, vocab - w * BITS);
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) y[i] = word >> i & 1 ? x[i] : -std::numeric_limits<F>::infinity();
+        }
+    });
+}
+
 }  // namespace
+
+// logits, out [num_rows, vocab]; packed [num_rows, ceil(vocab / 32)].
+extern "C" void mask_float32(const float* logits, float* out, const uint32_t* packed, int64_t num_rows, int64_t vocab,
+                             int num_threads) {
+    mask(logits, out, packed, num_rows, vocab, num_threads);
+}
+
+extern "C" void mask_float64(const double* logits, double* out, const uint32_t* packed, int64_t num_rows,
+                             int64_t vocab, int num_threads) {
+    mask(logits, out, packed, num_rows, vocab, num_threads);
+}
 
 // logits, out [num_rows, vocab]; rows [num_rows]: each one's row of penalties [*, 3], `stride` apart, of output_counts
 // and of in_prompt [*, vocab]. window [num_rows], or null: a row counts those behind the first of its run of equal rows,
@@ -69,13 +98,9 @@ extern "C" void penalise_float64(const double* logits, double* out, const int64_
     penalise(logits, out, rows, penalties, stride, output_counts, in_prompt, window, num_rows, vocab, num_threads);
 }
 
-// Of token_ids [*, width] the first accept_lens[which[i]] of request which[i] count in row rows[i] of
-// output_counts [*, vocab].
-extern "C" void count_outputs_int32(int32_t* output_counts, const int64_t* rows, const int64_t* which,
-                                    const int64_t* token_ids, const int64_t* accept_lens, int64_t count, int64_t width,
-                                    int64_t vocab) {
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t* emitted = token_ids + which[i] * width;
-        for (int64_t t = 0; t < accept_lens[which[i]]; ++t) ++output_counts[rows[i] * vocab + emitted[t]];
-    }
+// Of token_ids [count, width] the first accept_lens[i] of request i count in row rows[i] of output_counts [*, vocab].
+extern "C" void count_outputs_int32(int32_t* output_counts, const int64_t* rows, const int64_t* token_ids,
+                                    const int64_t* accept_lens, int64_t count, int64_t width, int64_t vocab) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t t = 0; t < accept_lens[i]; ++t) ++output_counts[rows[i] * vocab + token_ids[i * width + t]];
 }

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from server.api.generation import Delta
@@ -10,8 +10,6 @@ from server.messages import TokenLogprobs
 from server.tokenizer import Tokenizer
 
 _LOWEST = -9999.0
-# Tokens whose names are remembered: of each token told there are those of all its alternatives.
-_MAX_NAMES = 2**16
 
 
 def chat_logprobs(tokenizer: Tokenizer, delta: Delta, num_top: int, tokens_as_ids: bool = False) -> dict[str, Any]:
@@ -66,18 +64,17 @@ class CompletionLogprobs:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._num_top = num_top
-        self._tokens_as_ids = tokens_as_ids
+        self._name = "token_id:{}".format if tokens_as_ids else _names(tokenizer).__getitem__
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = len(prompt_text)
 
     def render(self, delta: Delta) -> dict[str, Any]:
         """{tokens, token_logprobs, top_logprobs, text_offset} of one delta; offsets count characters of the choice."""
-        entries = list(zip(delta.token_ids, delta.logprobs, strict=True))
         return {
-            "tokens": [self._name(token_id) for token_id, _ in entries],
-            "token_logprobs": [finite(entry.logprob) for _, entry in entries],
-            "top_logprobs": [self._top(token_id, entry) for token_id, entry in entries],
-            "text_offset": [self._next_offset(token_id) for token_id in delta.token_ids],
+            "tokens": list(map(self._name, delta.token_ids)),
+            "token_logprobs": [finite(entry.logprob) for entry in delta.logprobs],
+            "top_logprobs": [self._top(*pair) for pair in zip(delta.token_ids, delta.logprobs, strict=True)],
+            "text_offset": list(map(self._next_offset, delta.token_ids)),
         }
 
     def render_prompt(self, prompt: Sequence[int], scores: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -99,13 +96,12 @@ class CompletionLogprobs:
 
         Two ids may have the same text; the sampled one's value is the one that counts then.
         """
-        own, names = self._name(token_id), map(self._name, entry.top_ids[: self._num_top])
-        told = {own: 0.0, **dict(zip(names, map(finite, entry.top_logprobs), strict=False))}
-        told[own] = finite(entry.logprob)
+        ids, logprobs = [token_id, *entry.top_ids[: self._num_top]], [0.0, *entry.top_logprobs]
+        if not logprobs[-1] > _LOWEST:
+            logprobs = list(map(finite, logprobs))
+        told = dict(zip(map(self._name, ids), logprobs, strict=False))
+        told[self._name(token_id)] = finite(entry.logprob)
         return told
-
-    def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._tokens_as_ids else completion_token(self._tokenizer, token_id)
 
     def _next_offset(self, token_id: int) -> int:
         start = self._offset
@@ -120,7 +116,21 @@ def merge_completion_logprobs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {name: [value for part in parts for value in part[name]] for name in names}
 
 
-@lru_cache(_MAX_NAMES)
+class _Names(dict[int, str]):
+    """Of tokens, as far as they were needed: of each token that is told there are those of all its alternatives."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str:
+        name = self[token_id] = completion_token(self._tokenizer, token_id)
+        return name
+
+
+_names = cache(_Names)
+
+
 def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as a dictionary key, so that tokens stay apart.
 

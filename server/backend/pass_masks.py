@@ -4,23 +4,43 @@ The host walks each matcher over the drafts of a verify step, as far as they may
 nothing matters, because the target cannot give it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 from torch import Tensor
 
-from server.backend.lane import Readback
+from server.backend.lane import Lane, Readback
 from server.backend.output_matcher import OutputMatcher
 from server.backend.sampler import Sampled
 from server.backend.token_masks import TokenMasks
 from server.request import Batch, Work
 
 
-def mask_rows(batch: Batch, window: Sequence[int], logits: Tensor) -> TokenMasks:
-    """For the logits [N, V] that tokens are drawn from: all rows of a verify, which ran on window [N], else one row per
-    request."""
+class RowMasks:
+    """Masks of the rows that tokens are drawn from, made while the target runs: by a thread beside a CPU's, for a GPU,
+    which has its work by then, when they are asked for. One pass at a time."""
+
+    def __init__(self, vocab_size: int, device: str):
+        self._vocab_size, self._device = vocab_size, device
+        self._lane = Lane(is_threaded=True) if device == "cpu" else None
+
+    def start(self, batch: Batch, window: Tensor) -> Callable[[], TokenMasks]:
+        """What gives the masks of a pass that runs on the tokens window [N]. Until then nobody may touch matchers."""
+        make = partial(self._make, batch, Readback(window))
+        if self._lane is None:
+            return make
+        made = self._lane.submit(make)
+        return lambda: make() if made.cancel() else made.result()  # a thread without a core has not begun
+
+    def _make(self, batch: Batch, window: Readback) -> TokenMasks:
+        return mask_rows(batch, window.read()[0], self._vocab_size, self._device)
+
+
+def mask_rows(batch: Batch, window: Sequence[int], vocab_size: int, device: str) -> TokenMasks:
+    """For all rows of a verify, which runs on window [N], else for one row per request."""
     widths = [work.num_tokens if batch.is_verify else 1 for work in batch.works]
-    masks = TokenMasks.for_logits(logits)
+    masks = TokenMasks(sum(widths), vocab_size, device)
     for work, width, end in zip(batch.works, widths, accumulate(widths), strict=True):
         matcher = work.request.matcher
         if matcher is not None and work.ends_prompt:

@@ -53,16 +53,15 @@ class PassLogprobs:
 
     def read(self, accept_lens: Sequence[int]) -> list[list[TokenLogprobs]]:
         """Of the first accept_lens[i] tokens of each request."""
-        logprobs, top_ids, top_values, ranks = self.readback.read()
-        return [
-            []
-            if num_top is None
-            else [
-                TokenLogprobs(logprobs[at], top_ids[at][:num_top], top_values[at][:num_top], ranks[at])
-                for at in span[:count]
-            ]
-            for num_top, span, count in zip(self.num_tops, self.spans, accept_lens, strict=True)
-        ]
+        entries = list(map(TokenLogprobs, *self.readback.read()))
+        most = max(num_top or 0 for num_top in self.num_tops)
+        each = []
+        for num_top, span, count in zip(self.num_tops, self.spans, accept_lens, strict=True):
+            own = [] if num_top is None else entries[span.start : span.start + count]
+            for entry in own if num_top != most else ():
+                del entry.top_ids[num_top:], entry.top_logprobs[num_top:]
+            each.append(own)
+        return each
 
     def read_all(self) -> list[list[TokenLogprobs]]:
         """Of all rows of each request."""

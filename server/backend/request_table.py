@@ -140,12 +140,11 @@ class RequestTable:
         if drafts.shape[1]:
             self.next_ids[rows, 1 : 1 + drafts.shape[1]] = drafts
 
-    def count_outputs(self, rows: Sequence[int], which: Sequence[int], token_ids: Tensor, accept_lens: Tensor) -> None:
-        """Add the emitted tokens to the penalty counts of `rows`: of token_ids [B, T] the first accept_lens [B] of the
-        requests `which`."""
-        assert self.output_counts is not None
-        places = to_device(rows, self.device), to_device(which, self.device)
-        count_outputs(self.output_counts, *places, token_ids, accept_lens)
+    def count_outputs(self, forward: ForwardBatch, token_ids: Tensor, accept_lens: Tensor) -> None:
+        """Add the tokens that a pass emits, of token_ids [B, T] the first accept_lens [B], to the penalty counts of its
+        rows, which need be right only where there is a penalty."""
+        assert self.output_counts is not None and forward.view is not None
+        count_outputs(self.output_counts, forward.view.row_ids, token_ids, accept_lens)
 
     @property
     def penalties(self) -> PenaltyTable:

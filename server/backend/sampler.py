@@ -67,9 +67,10 @@ class Sampler:
     def _sample_windows(self, logits: Tensor, masked: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
         view, widths, window = forward.view, forward.query_lens, forward.token_ids
         assert view is not None
-        next_ids, ruled = self._draw_by_law(masked, batch.works, forward.positions + 1, widths, window)
+        rows = view.row_ids if max(widths) == 1 else None
+        next_ids, ruled = self._draw_by_law(masked, batch.works, forward.positions + 1, widths, window, rows)
         is_finite = _is_finite(logits)
-        if max(widths) == 1:
+        if rows is not None:
             ones = torch.ones_like(next_ids)
             return Sampled(next_ids[:, None], ones, ones, next_ids, logits, is_finite, widths, ruled)
         ids, match_lens, accept_lens = accept(
@@ -83,7 +84,7 @@ class Sampler:
         given)."""
         if self.table.rules is None or all(_is_plain_greedy(work.sampling) for work in works):
             return self._draw_by_law(logits, works, positions, widths)[0]
-        rows = _rows_of(works, _spans(widths or [1] * len(works)), logits.device)
+        rows = _rows_of(works, widths or [1] * len(works), logits.device)
         return self._draw_by_table(logits, rows, positions)
 
     def _draw_by_law(
@@ -93,18 +94,20 @@ class Sampler:
         positions: Tensor,
         widths: Sequence[int] = (),
         window: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`draw`, and the logits [N, V] after all rules.
 
         window [N] are the tokens that the rows were run on: of each work the newest committed one, then drafts, which
-        penalties count.
+        penalties count. rows [N] are the table's, if anybody has them.
         """
-        if all(_is_plain_greedy(work.sampling) for work in works):
+        samplings = [work.sampling for work in works]
+        if all(map(_is_plain_greedy, samplings)):
             return logits.argmax(-1), logits
-        spans = _spans(widths or [1] * len(works))
-        rows = _rows_of(works, spans, logits.device)
-        if any(has_rules(work.sampling) for work in works):
-            logits = self._apply_rules(logits, works, spans, rows, positions, window)
+        widths = widths or [1] * len(works)
+        rows = _rows_of(works, widths, logits.device) if rows is None else rows
+        if any(map(has_rules, samplings)):
+            logits = self._apply_rules(logits, samplings, widths, rows, positions, window)
         return draw(logits, *self._read_law(rows), self.table.seed[rows], positions), logits
 
     def _read_law(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,26 +142,26 @@ class Sampler:
         """The processed logits for those whose log-probabilities are to be of these, the raw ones for the others: [N,
         V]."""
         assert sampled.ruled is not None
-        spans, device = _spans(sampled.widths), sampled.logits.device
-        processed = process(sampled.ruled, *self._read_law(_rows_of(batch.works, spans, device)))
-        wants = [work.sampling.wants_processed for work, span in zip(batch.works, spans, strict=True) for _ in span]
+        widths, device = sampled.widths, sampled.logits.device
+        processed = process(sampled.ruled, *self._read_law(_rows_of(batch.works, widths, device)))
+        pairs = zip(batch.works, widths, strict=True)
+        wants = [work.sampling.wants_processed for work, width in pairs for _ in range(width)]
         return torch.where(to_device(wants, device)[:, None], processed, sampled.logits)
 
     def _apply_rules(
         self,
         logits: Tensor,
-        works: Sequence[Work],
-        spans: list[range],
+        samplings: list[SamplingParams],
+        widths: Sequence[int],
         rows: Tensor,
         positions: Tensor,
         window: Tensor | None,
     ) -> Tensor:
         """logits [N, V] after min_tokens' mask, logit_bias and penalties, where requests ask for them; the given ones
-        stay as they are. spans: the places of each work's rows; rows [N]: each place's row of the table."""
-        samplings = [work.sampling for work in works]
+        stay as they are. Each request has widths[i] rows; rows [N]: each one's row of the table."""
         if any(sampling.min_tokens or sampling.logit_bias for sampling in samplings):
             logits = logits.clone()
-            of_works = list(zip(samplings, spans, strict=True))
+            of_works = list(zip(samplings, _spans(widths), strict=True))
             self._mask_early_stops(logits, of_works, rows, positions)
             _add_biases(logits, of_works)
         if any(map(has_penalty, samplings)):
@@ -191,9 +194,9 @@ def _add_biases(logits: Tensor, of_works: list[tuple[SamplingParams, range]]) ->
         logits.index_put_(_index(logits, *where), added, accumulate=True)
 
 
-def _rows_of(works: Sequence[Work], spans: list[range], device: torch.device) -> Tensor:
-    """The table's row of each place [N]."""
-    return to_device([work.row for work, span in zip(works, spans, strict=True) for _ in span], device)
+def _rows_of(works: Sequence[Work], widths: Sequence[int], device: torch.device) -> Tensor:
+    """The table's row of each of the works' rows [N]."""
+    return to_device([work.row for work, width in zip(works, widths, strict=True) for _ in range(width)], device)
 
 
 def _spans(widths: Sequence[int]) -> list[range]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.sampling import mask
+
 _BITS = 32
 
 
@@ -19,7 +21,7 @@ class TokenMasks:
         is_cuda = torch.device(device).type == "cuda"
         self.packed = torch.full((num_rows, num_words(vocab_size)), -1, dtype=torch.int32, pin_memory=is_cuda)
         self.array = self.packed.numpy()
-        self._vocab_size, self._device = vocab_size, device
+        self._device = device
 
     @staticmethod
     def for_logits(logits: Tensor) -> "TokenMasks":
@@ -38,9 +40,7 @@ class TokenMasks:
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits [N, V] with -inf for what is not allowed."""
-        packed = self.packed.to(self._device, non_blocking=True)
-        bits = packed[:, :, None] >> torch.arange(_BITS, dtype=torch.int32, device=self._device) & 1  # [N, W, 32]
-        return logits.masked_fill(bits.flatten(1)[:, : self._vocab_size] == 0, -torch.inf)
+        return mask(logits, self.packed.to(self._device, non_blocking=True))
 
 
 def num_words(vocab_size: int) -> int:

@@ -14,6 +14,7 @@ from kernels.sampling import (
     count_outputs,
     draw,
     gumbel_noise,
+    mask,
     penalise,
     process,
     row_keys,
@@ -268,23 +269,40 @@ def test_penalties_leave_a_forbidden_token_forbidden(version):
     assert out.isfinite().sum(-1).tolist() == [1, 1] and out.argmax(-1).tolist() == [7, 7]
 
 
-def test_many_logits_are_penalised_and_scored_by_several_threads_as_by_one(monkeypatch):
+def test_many_logits_are_penalised_masked_and_scored_by_several_threads_as_by_one(monkeypatch):
     source = torch.Generator().manual_seed(3)
     table, logits = make_penalties(4, 3000, source), torch.randn(100, 3000, generator=source)
     rows, token_ids = torch.arange(100) % 4, torch.randint(0, 3000, (100,), generator=source)
     assert logits.numel() >= sampling._PARALLEL_LOGITS
-    many = penalise(logits, rows, table), *compute_logprobs(logits, token_ids, 5)
+    words = torch.randint(-(2**31), 2**31, (100, 94), generator=source).to(torch.int32)
+    many = penalise(logits, rows, table), mask(logits, words), *compute_logprobs(logits, token_ids, 5)
     monkeypatch.setattr(sampling, "_PARALLEL_LOGITS", 2**60)
-    one = penalise(logits, rows, table), *compute_logprobs(logits, token_ids, 5)
+    one = penalise(logits, rows, table), mask(logits, words), *compute_logprobs(logits, token_ids, 5)
     assert all(torch.equal(first, second) for first, second in zip(many, one, strict=True))
 
 
-def test_counts_grow_by_the_emitted_tokens_of_the_chosen_requests(version):
+def test_counts_grow_by_the_emitted_tokens(version):
     counts = torch.zeros(4, 6, dtype=torch.int32)
-    token_ids = torch.tensor([[1, 1, 2], [5, 5, 5], [3, 0, 0], [4, 3, 4]])
-    count_outputs(counts, torch.tensor([3, 1, 2]), torch.tensor([0, 2, 3]), token_ids, torch.tensor([2, 3, 0, 3]))
-    count_outputs(counts, torch.tensor([3]), torch.tensor([0]), token_ids[:, :2].t()[:, [1, 0, 2, 3]].t(), counts[0])
-    assert counts.tolist() == [[0] * 6, [0] * 6, [0, 0, 0, 1, 2, 0], [0, 2, 0, 0, 0, 0]]
+    token_ids = torch.tensor([[1, 1, 2], [3, 0, 0], [4, 3, 4]])
+    count_outputs(counts, torch.tensor([3, 1, 2]), token_ids, torch.tensor([2, 0, 3]))
+    columns = torch.tensor([[5, 1, 2], [4, 3, 3]]).t()  # not contiguous
+    count_outputs(counts, torch.tensor([2, 3, 1]), columns, torch.tensor([2, 1, 0]))
+    assert counts.tolist() == [[0] * 6, [0] * 6, [0, 0, 0, 1, 3, 1], [0, 3, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 1000])
+def test_a_mask_leaves_what_has_a_bit(version, dtype, vocab_size):
+    source = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(5, vocab_size, generator=source).to(dtype)
+    words = torch.randint(-(2**31), 2**31, (5, -(-vocab_size // 32)), generator=source).to(torch.int32)
+    words[1], words[2] = -1, 0
+    raw, out = logits.clone(), mask(logits, words)
+    for row in range(5):
+        bits = [words[row, token // 32].item() >> token % 32 & 1 for token in range(vocab_size)]
+        expected = [value if bit else -math.inf for value, bit in zip(raw[row].tolist(), bits, strict=True)]
+        assert out[row].tolist() == expected and out.dtype == dtype
+    assert torch.equal(logits, raw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,17 +1,25 @@
 """The masks of a mixed pass: whose rows are masked, and how drafts are followed."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from server.backend.output_matcher import OutputMatcher
-from server.backend.pass_masks import DraftMasks, mask_rows
+from server.backend.pass_masks import DraftMasks, RowMasks, mask_rows
 from server.backend.sampler import Sampled
+from server.backend.token_masks import TokenMasks
 from server.request import Batch, Request
 from unit_tests.server.backend.tables import VOCAB_SIZE, make_request, prefill_work, verify_work
 
 EVERYTHING = set(range(VOCAB_SIZE))
+# Behind the tokens of a verify of the requests below.
+VERIFIED = [
+    *(EVERYTHING - {5, 8}, EVERYTHING - {5}, EVERYTHING - {5, 8}),
+    *(EVERYTHING, EVERYTHING),
+    *(EVERYTHING - {6}, EVERYTHING),
+]
 
 
 def make_masked(row: int, output: list[int], **sampling: Any) -> Request:
@@ -40,18 +48,31 @@ def requests() -> list[Request]:
 
 def test_the_rows_of_a_verify_are_masked_by_their_requests_and_places(requests: list[Request]) -> None:
     batch = Batch([verify_work(request, width) for request, width in zip(requests, (3, 2, 2), strict=True)], True)
-    masks = mask_rows(batch, [7, 9, 7, 4, 5, 6, 11], torch.zeros(7, VOCAB_SIZE))
-    assert allowed(masks.apply(torch.zeros(7, VOCAB_SIZE))) == [
-        *(EVERYTHING - {5, 8}, EVERYTHING - {5}, EVERYTHING - {5, 8}),
-        *(EVERYTHING, EVERYTHING),
-        *(EVERYTHING - {6}, EVERYTHING),
-    ]
+    masks = mask_rows(batch, [7, 9, 7, 4, 5, 6, 11], VOCAB_SIZE, "cpu")
+    assert allowed(masks.apply(torch.zeros(7, VOCAB_SIZE))) == VERIFIED
+
+
+@pytest.mark.parametrize("place", ["thread", "caller: the thread is busy", "caller: no thread"])
+def test_masks_are_the_same_wherever_they_are_made(requests: list[Request], place: str) -> None:
+    rows, is_over = RowMasks(VOCAB_SIZE, "meta" if place == "caller: no thread" else "cpu"), threading.Event()
+    if place == "caller: the thread is busy":
+        assert rows._lane is not None
+        rows._lane.submit(is_over.wait)
+    batch = Batch([verify_work(request, width) for request, width in zip(requests, (3, 2, 2), strict=True)], True)
+    read = rows.start(batch, torch.tensor([7, 9, 7, 4, 5, 6, 11]))
+    assert allowed(torch.zeros(7, VOCAB_SIZE).where(unpack(read()), -torch.inf)) == VERIFIED
+    is_over.set()
+
+
+def unpack(masks: TokenMasks) -> torch.Tensor:
+    """[N, V]: what is allowed."""
+    return torch.tensor([[masks.allows(row, token) for token in range(VOCAB_SIZE)] for row in range(len(masks.packed))])
 
 
 def test_a_prefill_masks_the_tokens_behind_whole_prompts(requests: list[Request]) -> None:
     works = [prefill_work(requests[0], 3), prefill_work(requests[1], 2), prefill_work(requests[2], 1)]
     assert [work.ends_prompt for work in works] == [True, True, False]
-    masks = mask_rows(Batch(works, False), [1, 2, 7, 3, 4, 1], torch.zeros(3, VOCAB_SIZE))
+    masks = mask_rows(Batch(works, False), [1, 2, 7, 3, 4, 1], VOCAB_SIZE, "cpu")
     assert allowed(masks.apply(torch.zeros(3, VOCAB_SIZE))) == [EVERYTHING - {5, 8}, EVERYTHING, EVERYTHING]
 
 

@@ -142,7 +142,8 @@ def test_penalty_counts_equal_the_emitted_tokens_after_any_history(seed: int) ->
         rows = rng.sample(sorted(requests), rng.randint(1, len(requests)))
         tokens = [[rng.randrange(4) for _ in range(4)] for _ in rows]
         accept_lens = [rng.randint(0, 4) for _ in rows]
-        table.count_outputs(rows, range(len(rows)), torch.tensor(tokens), torch.tensor(accept_lens))
+        forward = run_pass(table, rows, [4] * len(rows), is_verify=True)
+        table.count_outputs(forward, torch.tensor(tokens), torch.tensor(accept_lens))
         for row, ids, count in zip(rows, tokens, accept_lens, strict=True):
             requests[row].output_ids += ids[:count]
         for request in requests.values():
