@@ -1,6 +1,6 @@
 """Rotary embedding of the first dimensions of each head. Source: Qwen3.5, half-split pairs (i, i + D_rot / 2)."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def rotary_angles(positions: Tensor, rotary_dim: int, theta: float, dtype: torch
     return angles.cos()[..., :half], angles.sin()[..., :half]
 
 
-@lru_cache(maxsize=8)
+@cache
 @torch.inference_mode(False)
 def rotary_frequencies(rotary_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`theta^(-2j / rotary_dim)` for j = 0 .. rotary_dim / 2 - 1, and a few more; the same tensor at every call.

@@ -87,13 +87,14 @@ def _measure_batches(preset: str, bench: StaticDecode, batches: Sequence[int], c
 
 
 def describe(measured: Measured, sizes: Dimensions, work: Workload, card: CardSpeed) -> dict[str, Any]:
-    """Speed of a step, and what share of it the floor and the bytes of its kernels explain on this card."""
+    """Speed of a step, and what share of it the floor and the bytes of its kernels explain on this card. Tokens per
+    second are those of the acceptance asked for: the trace of a few steps of few requests has another."""
     floor = floor_seconds(sizes, work, Card(card.bandwidth, card.matmul_rate))
     moving = step_bytes(sizes, work) / card.bandwidth
     return {
         "step_ms": 1e3 * measured.seconds,
         "tok_per_step": measured.tokens_per_step,
-        "tok_s": work.batch * measured.tokens_per_step / measured.seconds,
+        "tok_s": work.batch * work.tokens_per_step / measured.seconds,
         "floor_ms": 1e3 * floor,
         "share_of_floor": floor / measured.seconds,
         "share_of_bytes": moving / measured.seconds,

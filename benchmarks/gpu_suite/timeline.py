@@ -24,6 +24,7 @@ def run_timeline(
     path: Path, log: Log, traces: Sequence[Trace] = TRACES, context: int = CONTEXT, **settings: Any
 ) -> None:
     """Trace steps of each, and write the first trace that could be made to `path`."""
+    path.unlink(missing_ok=True)
     for models, batch, mtp_step in traces:
         for preset in models:
             with config_directory(preset) as directory:

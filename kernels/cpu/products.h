@@ -184,8 +184,10 @@ template <typename X, typename W, typename F>
 void multiply_all(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
     if (M <= 2)
         multiply_tiles<8>(team, x, weight, y, M, K, N);
+#if defined(__AVX512F__)
     else if (M <= 4)
         multiply_tiles<6>(team, x, weight, y, M, K, N);
+#endif
     else
         multiply_tiles<4>(team, x, weight, y, M, K, N);
 }

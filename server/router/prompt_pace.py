@@ -8,13 +8,15 @@ average decoding requests are slowed down as asked for.
 
 import math
 
-from server.config import Limits
-
 MIN_CHUNK = 16
 # Of four fixed parts one is lost.
 _FIXED_PARTS = 4
 # Of the decode passes' time, at least, that prompts get: they may not starve.
 _LEAST_SHARE = 0.05
+# Where tokens cost nothing a chunk is as long as the scheduler has any.
+_LONGEST = 2**20
+# Steps without a chunk in a row, at most: a pass that was slow for once shall not keep prompts waiting for long.
+_MOST_WAITS = 64
 # What a pass tells counts less with every later one.
 _MEMORY = 0.9
 # Relative variance of the passes' lengths above which their times tell F and c apart.
@@ -24,21 +26,21 @@ _TELLING_VARIANCE = 0.02
 class PromptPace:
     """The scheduler asks for `budget`, tells what it has planned and, in the same order, what that took."""
 
-    def __init__(self, limits: Limits):
-        self._most, self._share = limits.chunked_prefill_size, max(limits.stream_slowdown - 1, _LEAST_SHARE)
-        self._chunk = self._most
+    def __init__(self, slowdown: float):
+        self._share = max(slowdown - 1, _LEAST_SHARE)
+        self._chunk = math.inf
         self._costs = PassCosts()
         self._decode_seconds = 0.0
         # Seconds of prefill that decode passes have not made up for yet, of passes that are known and planned ones.
         self._owed, self._expected = 0.0, 0.0
         self._num_planned = 0
 
-    def budget(self, has_decode: bool) -> int:
-        """Prompt tokens that the next step may compute."""
+    def budget(self, has_decode: bool, most: int) -> int:
+        """Prompt tokens that the next step may compute, no more than `most`."""
         if not has_decode or math.isinf(self._share):
-            return self._most
+            return most
         due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
-        return 0 if due > 1e-9 else self._chunk
+        return 0 if due > 1e-9 else int(min(self._chunk, most))
 
     def plan(self, num_tokens: int, has_decode: bool) -> None:
         """The next step computes num_tokens of prompts."""
@@ -49,22 +51,22 @@ class PromptPace:
         if num_tokens:
             self._expected = self._costs.seconds(num_tokens)
 
-    def collect(self, num_tokens: int, prefill_seconds: float, decode_seconds: float) -> None:
-        """What a step took: seconds of either pass, 0 where there was none."""
+    def collect(self, num_tokens: int, prefill_seconds: float, decode_seconds: float | None) -> None:
+        """What a step took: seconds of its passes, None without a decode pass."""
         if num_tokens:
             self._costs.record(num_tokens, prefill_seconds)
-        if not decode_seconds or math.isinf(self._share):
+        if decode_seconds is None or math.isinf(self._share):
             return
         self._decode_seconds = decode_seconds
         self._num_planned = max(0, self._num_planned - 1)
         allowance = self._share * decode_seconds
-        self._owed = max(-allowance, self._owed + prefill_seconds - allowance)
+        self._owed = max(-allowance, min(self._owed + prefill_seconds - allowance, _MOST_WAITS * allowance))
         if num_tokens:
             self._expected = 0.0
             fixed, per_token = self._costs.split(decode_seconds)
             wanted = (max(allowance, _FIXED_PARTS * fixed) - fixed) / max(per_token, 1e-12)
-            wanted = min(max(wanted, self._chunk / 2), 2 * self._chunk, self._most)
-            self._chunk = max(MIN_CHUNK, int(wanted))
+            last = num_tokens if math.isinf(self._chunk) else self._chunk
+            self._chunk = max(MIN_CHUNK, min(max(wanted, last / 2), 2 * last, _LONGEST))
 
 
 class PassCosts:

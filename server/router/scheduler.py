@@ -43,7 +43,7 @@ class Scheduler(Admission):
         super().__init__(limits, turn_ids, is_intact, clock, watchdog)
         self.planner = planner
         self._after = list[CacheOp]()
-        self._pace = PromptPace(limits)
+        self._pace = PromptPace(limits.stream_slowdown)
         self._collected_at = clock()  # the last step was collected then
 
     def has_work(self) -> bool:
@@ -89,7 +89,7 @@ class Scheduler(Admission):
     def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
         """What planner and pace need to know of a step."""
         since, self._collected_at = self._collected_at, self.clock()
-        prefill_len, prefill_seconds, decode_seconds = 0, 0.0, 0.0
+        prefill_len, prefill_seconds, decode_seconds = 0, 0.0, None
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
                 decode_seconds = outcome.seconds
@@ -214,7 +214,7 @@ class Scheduler(Admission):
 
     def _cut_chunks(self, has_decode: bool) -> list[tuple[Request, int]]:
         """Who computes known tokens in this step, and up to where."""
-        budget = self._pace.budget(has_decode)
+        budget = self._pace.budget(has_decode, self.limits.chunked_prefill_size)
         chunks = []
         for request in self.running:
             if not request.is_decoding and budget:

@@ -4,12 +4,9 @@ import math
 
 import pytest
 
-from server.config import Limits
 from server.router.prompt_pace import MIN_CHUNK, PassCosts, PromptPace
 
-
-def make_pace(slowdown: float, most: int = 512) -> PromptPace:
-    return PromptPace(Limits(4, most, 16, 100, 0, stream_slowdown=slowdown))
+MOST = 512
 
 
 def drive(
@@ -20,7 +17,7 @@ def drive(
     chunks: list[int] = []
     for number in range(num_steps + ahead):
         if number < num_steps:
-            chunks.append(pace.budget(True))
+            chunks.append(pace.budget(True, MOST))
             pace.plan(chunks[-1], True)
         if number >= ahead:
             size = chunks[number - ahead]
@@ -38,45 +35,73 @@ def drive(
 def test_decoding_is_slowed_down_as_asked_for_on_average(
     fixed: float, per_token: float, decode: float, slowdown: float, ahead: int
 ) -> None:
-    chunks, measured = drive(make_pace(slowdown), fixed, per_token, decode, ahead)
+    chunks, measured = drive(PromptPace(slowdown), fixed, per_token, decode, ahead)
     assert measured == pytest.approx(slowdown, rel=0.1)
     sizes = {size for size in chunks if size}
     assert all(fixed + per_token * size >= 3.7 * fixed for size in sizes) or sizes == {512}
 
 
 def test_without_a_fixed_cost_every_step_has_a_chunk() -> None:
-    chunks, _ = drive(make_pace(2.0), 0.0, 0.001, 0.05)
+    chunks, _ = drive(PromptPace(2.0), 0.0, 0.001, 0.05)
     assert set(chunks) <= {49, 50, 51}
 
 
 def test_where_launching_is_all_that_costs_a_chunk_is_as_long_as_it_may_be() -> None:
     """Eight milliseconds whatever is in it, beside decode passes of one: seldom, but whole."""
-    chunks, measured = drive(make_pace(2.0), 0.008, 1e-6, 0.001)
+    chunks, measured = drive(PromptPace(2.0), 0.008, 1e-6, 0.001)
     assert set(chunks) == {0, 512} and measured == pytest.approx(2.0, rel=0.1)
 
 
 def test_prompts_do_not_starve_where_nothing_may_be_slowed_down() -> None:
-    chunks, measured = drive(make_pace(1.0), 0.04, 0.002, 0.05, num_steps=4000)
+    chunks, measured = drive(PromptPace(1.0), 0.04, 0.002, 0.05, num_steps=4000)
     assert 1.0 < measured < 1.1 and any(chunks)
 
 
 def test_an_infinite_slowdown_and_steps_without_decoding_take_whole_chunks() -> None:
-    assert drive(make_pace(math.inf), 0.04, 0.002, 0.05)[0] == [512] * 200
-    pace = make_pace(2.0)
+    assert drive(PromptPace(math.inf), 0.04, 0.002, 0.05)[0] == [512] * 200
+    pace = PromptPace(2.0)
     for _ in range(5):
-        assert pace.budget(False) == 512
+        assert pace.budget(False, MOST) == 512
         pace.plan(512, False)
-        pace.collect(512, 1.0, 0.0)
+        pace.collect(512, 1.0, None)
 
 
 def test_what_was_owed_is_forgotten_once_nobody_decodes() -> None:
-    pace = make_pace(2.0)
+    pace = PromptPace(2.0)
     pace.plan(512, True)
     pace.collect(512, 1.0, 0.05)
-    assert pace.budget(True) == 0
+    assert pace.budget(True, MOST) == 0
     pace.plan(300, False)
-    pace.collect(300, 0.5, 0.0)
-    assert pace.budget(True) >= MIN_CHUNK
+    pace.collect(300, 0.5, None)
+    assert pace.budget(True, MOST) >= MIN_CHUNK
+
+
+def test_a_pass_that_was_slow_for_once_keeps_prompts_waiting_for_64_steps_at_most() -> None:
+    pace = PromptPace(2.0)
+    pace.plan(512, True)
+    pace.collect(512, 30.0, 0.02)
+    waits = 0
+    while not pace.budget(True, MOST):
+        pace.plan(0, True)
+        pace.collect(0, 0.0, 0.02)
+        waits += 1
+    assert waits == 64
+
+
+def test_a_clock_that_does_not_tick_stops_nobody() -> None:
+    pace = PromptPace(2.0)
+    for _ in range(6):
+        size = pace.budget(True, MOST)
+        pace.plan(size, True)
+        pace.collect(size, 0.0, 0.0)
+        assert size > 0
+
+
+def test_no_chunk_is_longer_than_the_scheduler_allows() -> None:
+    pace = PromptPace(2.0)
+    pace.plan(8, True)
+    pace.collect(8, 0.001, 0.5)
+    assert pace.budget(True, 8) == 8
 
 
 def test_a_line_through_passes_of_several_lengths_tells_fixed_from_growing_cost() -> None:
