@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import random_checkpoint
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import card, decode, equality, forced_acceptance, rollback, static_decode, timeline
+from benchmarks.gpu_suite import card, decode, equality, forced_acceptance, prefill, rollback, static_decode, timeline
 from benchmarks.gpu_suite.bytes import step_bytes
 from benchmarks.gpu_suite.card import CardSpeed
 from benchmarks.gpu_suite.case import Case, Setting, compare
@@ -24,7 +24,7 @@ from benchmarks.gpu_suite.dimensions import Dimensions, dimensions_of
 from benchmarks.gpu_suite.jobs import PARTS, Stage, plan
 from benchmarks.gpu_suite.log import Log, read_rows
 from benchmarks.gpu_suite.processes import run_stages
-from benchmarks.gpu_suite.roofline import Card, Workload, floor_bytes, floor_seconds
+from benchmarks.gpu_suite.roofline import Card, Workload, floor_bytes, floor_seconds, prefill_floor_seconds
 from benchmarks.gpu_suite.summary import even, is_red, pack, print_results
 from kernels.gpu.dispatch import triton_takes
 from unit_tests.benchmarks.byte_counter import count_bytes
@@ -225,6 +225,30 @@ def test_static_steps_emit_what_the_trace_says(fake_cuda: None, monkeypatch: pyt
     loop = decode.measure_loop(llm, "nano", 1, num_steps=2)
     assert loop["wall_ms"] > 0
     assert 0 <= loop["idle_share"] < 1
+
+
+def test_prompts_and_transformers_stand_beside_a_floor(
+    fake_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "PEER_BATCHES", (1,))
+    monkeypatch.setattr(decode, "_PROMPT_LEN", 6)
+    monkeypatch.setattr(decode, "_PEER_TOKENS", 2)
+    monkeypatch.setattr(prefill, "_ROUNDS", 1)
+    with static_decode.config_directory("nano") as directory:
+        llm, _ = static_decode.load_largest(directory, [2], 0, 24, **ON_CPU)
+    row = prefill.measure_prefill(llm, "nano", 2, 5, SPEED, lambda: None)
+    assert row["tok_s"] == pytest.approx(10 / (row["ms"] / 1e3)) and 0 < row["share_of_floor"] < 1
+    decode.compare_transformers("nano", llm, static_decode.StaticDecode(llm, 24), SPEED, Log(tmp_path / "rows", 60))
+    rows = {row["table"]: row for row in read_rows(tmp_path / "rows")}
+    assert set(rows) == {"transformers", "transformers prefill"}
+    assert rows["transformers prefill"]["tokens"] == 24 and rows["transformers prefill"]["transformers_ms"] > 0
+
+
+def test_the_floor_of_prompts_is_their_products_or_the_weights() -> None:
+    sizes = dimensions_of("27B")
+    assert prefill_floor_seconds(sizes, [1], H200) == pytest.approx(48.7e9 / H200.bandwidth, rel=0.03)
+    weights = prefill_floor_seconds(sizes, [4000], H200), 2 * prefill_floor_seconds(sizes, [2000], H200)
+    assert 1.0 < weights[0] / weights[1] < 1.05, "only attention grows faster than the prompt"
 
 
 def test_a_model_that_fits_nowhere_says_why(fake_cuda: None) -> None:

@@ -12,6 +12,7 @@ import torch
 from server.engine import Engine
 from server.messages import Generate, SamplingParams
 from server.router.planner import SpeculationState
+from server.router.prompt_pace import PromptPace
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.engines import assert_nothing_left, generate, make_engine, make_prompts
 
@@ -72,6 +73,29 @@ def turns(checkpoint: Path) -> list[tuple[list[Conversation], list[list[int]]]]:
         found.append((conversations, answers))
         conversations = next_turn(conversations, answers, turn)
     return found
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("mtp_step", [0, 3])
+def test_prompts_that_wait_for_decoding_requests_change_nothing(
+    checkpoint: Path,
+    turns: list[tuple[list[Conversation], list[list[int]]]],
+    mtp_step: int,
+    overlap: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunks of any length in some of the steps; whether there is one is up to chance instead of the clock."""
+    budgets, rng = [], random.Random(mtp_step)
+
+    def draw_budget(_: PromptPace, has_decode: bool, most: int) -> int:
+        budgets.append(rng.choice([0, 0, 1, 7, most]) if has_decode else most)
+        return budgets[-1]
+
+    monkeypatch.setattr(PromptPace, "budget", draw_budget)
+    engine = make_engine(checkpoint, mtp_step=mtp_step, overlap=overlap, max_running_requests=5, prefix_cache="on")
+    for conversations, answers in turns[:2]:
+        assert serve(engine, conversations) == answers
+    assert {0, 1, 7} < set(budgets) and (engine.scheduler.counters.num_accepted > 0) == (mtp_step > 0)
 
 
 def use_random_depths(engine: Engine, seed: int) -> None:

@@ -1,6 +1,7 @@
 """Decode steps in graphs: sizes, padding, and that a replay gives what the step itself gives. Interpreted: a fake graph
 repeats the captured function into the same tensors."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -53,6 +54,7 @@ class FakeCapture:
         self.num_replays = 0
 
     def __call__(self, function: Callable[[], Sampled]) -> tuple[Callable[[], None], Sampled]:
+        assert not gc.isenabled(), "what a collection frees ends a capture"
         results = function()
 
         def replay() -> None:
@@ -85,7 +87,7 @@ def test_replays_with_padding_and_deeper_graphs_give_the_tokens_of_the_cpu(check
         ]
         capture = put_graphs(engine, 4, [2])
         assert generate(engine, PROMPTS, GREEDY) == expected
-        assert capture.num_replays > 0 and engine.scheduler.counters.num_accepted > 0
+        assert gc.isenabled() and capture.num_replays > 0 and engine.scheduler.counters.num_accepted > 0
         gdn = engine.runner.table.cache.gdn
         for before, tensor in zip(row_before, (gdn.state, *gdn.ring), strict=True):
             assert torch.equal(before, tensor[:, 0]), "padding was written"

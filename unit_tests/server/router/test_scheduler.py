@@ -328,6 +328,13 @@ def test_prompts_beside_decoding_requests_make_steps_take_about_twice_as_long_on
     assert {after - before for before, after in pairwise(places[4:])} == {3, 4}
 
 
+def test_chunks_follow_limits_that_are_replaced() -> None:
+    scheduler = make_scheduler(chunked_prefill_size=16)
+    scheduler.limits = replace(scheduler.limits, chunked_prefill_size=5)
+    scheduler.add(make_request("a", 12))
+    assert counts(play(scheduler)[0]) == [5]
+
+
 def test_logits_that_are_not_finite_are_computed_again_alone_and_then_fail() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("bad", 4, max_tokens=20))
