@@ -4,6 +4,9 @@ A prefill pass over n tokens takes about F + c · n seconds: F for the weights a
 chunk in every step, small enough for the decoding requests, would be spent on F alone. So it is as long as
 --stream-slowdown allows per step, or takes _FIXED_PARTS · F where that is longer, and then comes in fewer steps: on
 average decoding requests are slowed down as asked for.
+
+While more requests wait for their first token than decode, prompts get as much more: a second spent on them costs each
+that decodes a second, and brings each that waits its first token so much sooner.
 """
 
 import math
@@ -27,7 +30,7 @@ class PromptPace:
     """The scheduler asks for `budget`, tells what it has planned and, in the same order, what that took."""
 
     def __init__(self, slowdown: float):
-        self._share = max(slowdown - 1, _LEAST_SHARE)
+        self._least_share = self._share = max(slowdown - 1, _LEAST_SHARE)
         self._chunk = math.inf
         self._costs = PassCosts()
         self._decode_seconds = 0.0
@@ -35,10 +38,12 @@ class PromptPace:
         self._owed, self._expected = 0.0, 0.0
         self._num_planned = 0
 
-    def budget(self, has_decode: bool, most: int) -> int:
-        """Prompt tokens that the next step may compute, no more than `most`."""
-        if not has_decode or math.isinf(self._share):
+    def budget(self, num_decoding: int, num_waiting: int, most: int) -> int:
+        """Prompt tokens that the next step may compute, no more than `most`, where so many requests decode and so many
+        wait for their first token."""
+        if not num_decoding or math.isinf(self._least_share):
             return most
+        self._share = self._least_share * max(1.0, num_waiting / num_decoding)
         due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
         return 0 if due > 1e-9 else int(min(self._chunk, most))
 

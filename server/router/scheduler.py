@@ -186,7 +186,7 @@ class Scheduler(Admission):
         """A prefill and a verify. The depths of all that have a next step are chosen together."""
         decoding = [request for request in self.running if request.is_decoding and not request.surely_ends]
         decoding.sort(key=lambda request: -request.num_drafts)  # equal widths side by side
-        chunks = self._cut_chunks(bool(decoding))
+        chunks = self._cut_chunks(len(decoding))
         ending = [request for request, end in chunks if end == request.num_known]
         depths = dict(zip([*decoding, *ending], self._plan_depths([*decoding, *ending]), strict=True))
         verify = [self._verify_work(request, depths[request]) for request in decoding]
@@ -212,17 +212,20 @@ class Scheduler(Admission):
         request.widths_in_flight.append(width)
         return work
 
-    def _cut_chunks(self, has_decode: bool) -> list[tuple[Request, int]]:
+    def _cut_chunks(self, num_decoding: int) -> list[tuple[Request, int]]:
         """Who computes known tokens in this step, and up to where."""
-        budget = self._pace.budget(has_decode, self.limits.chunked_prefill_size)
+        waiting = [request for request in self.running if not request.is_decoding]
+        room = self.limits.chunked_prefill_size
+        budget = self._pace.budget(num_decoding, len(waiting), room)
         chunks = []
-        for request in self.running:
-            if not request.is_decoding and budget:
-                start = request.num_computed
-                end = min([start + budget, request.num_known, *(cut for cut in request.cuts if cut > start)])
+        for request in waiting:
+            if budget > 0:
+                start, rest = request.num_computed, request.num_known - request.num_computed
+                size = rest if rest < 2 * budget and rest <= room else budget  # a short rest is not worth a pass
+                end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))
-                budget -= end - start
-        self._pace.plan(sum(end - request.num_computed for request, end in chunks), has_decode)
+                budget, room = budget - (end - start), room - (end - start)
+        self._pace.plan(sum(end - request.num_computed for request, end in chunks), num_decoding > 0)
         return chunks
 
     def _prefill_work(self, request: Request, end: int, depth: int) -> Work:

@@ -10,14 +10,21 @@ MOST = 512
 
 
 def drive(
-    pace: PromptPace, fixed: float, per_token: float, decode: float, ahead: int = 0, num_steps: int = 400
+    pace: PromptPace,
+    fixed: float,
+    per_token: float,
+    decode: float,
+    ahead: int = 0,
+    num_steps: int = 400,
+    num_decoding: int = 1,
+    num_waiting: int = 1,
 ) -> tuple[list[int], float]:
     """Steps that all decode, with prompts without end; results are known `ahead` steps late. Chunks, 0 where there was
     none, and the steps' time over that of decoding alone, both of the second half."""
     chunks: list[int] = []
     for number in range(num_steps + ahead):
         if number < num_steps:
-            chunks.append(pace.budget(True, MOST))
+            chunks.append(pace.budget(num_decoding, num_waiting, MOST))
             pace.plan(chunks[-1], True)
         if number >= ahead:
             size = chunks[number - ahead]
@@ -41,6 +48,17 @@ def test_decoding_is_slowed_down_as_asked_for_on_average(
     assert all(fixed + per_token * size >= 3.7 * fixed for size in sizes) or sizes == {512}
 
 
+@pytest.mark.parametrize(
+    ("num_decoding", "num_waiting", "expected"), [(15, 1, 1.5), (4, 4, 1.5), (2, 6, 2.5), (1, 15, 8.5)]
+)
+def test_where_more_wait_than_decode_prompts_get_as_much_more(
+    num_decoding: int, num_waiting: int, expected: float
+) -> None:
+    counts = {"num_decoding": num_decoding, "num_waiting": num_waiting}
+    _, measured = drive(PromptPace(1.5), 0.01, 0.002, 0.05, ahead=1, **counts)
+    assert measured == pytest.approx(expected, rel=0.1)
+
+
 def test_without_a_fixed_cost_every_step_has_a_chunk() -> None:
     chunks, _ = drive(PromptPace(2.0), 0.0, 0.001, 0.05)
     assert set(chunks) <= {49, 50, 51}
@@ -61,7 +79,7 @@ def test_an_infinite_slowdown_and_steps_without_decoding_take_whole_chunks() -> 
     assert drive(PromptPace(math.inf), 0.04, 0.002, 0.05)[0] == [512] * 200
     pace = PromptPace(2.0)
     for _ in range(5):
-        assert pace.budget(False, MOST) == 512
+        assert pace.budget(0, 1, MOST) == 512
         pace.plan(512, False)
         pace.collect(512, 1.0, None)
 
@@ -70,10 +88,10 @@ def test_what_was_owed_is_forgotten_once_nobody_decodes() -> None:
     pace = PromptPace(2.0)
     pace.plan(512, True)
     pace.collect(512, 1.0, 0.05)
-    assert pace.budget(True, MOST) == 0
+    assert pace.budget(1, 1, MOST) == 0
     pace.plan(300, False)
     pace.collect(300, 0.5, None)
-    assert pace.budget(True, MOST) >= MIN_CHUNK
+    assert pace.budget(1, 1, MOST) >= MIN_CHUNK
 
 
 def test_a_pass_that_was_slow_for_once_keeps_prompts_waiting_for_64_steps_at_most() -> None:
@@ -81,7 +99,7 @@ def test_a_pass_that_was_slow_for_once_keeps_prompts_waiting_for_64_steps_at_mos
     pace.plan(512, True)
     pace.collect(512, 30.0, 0.02)
     waits = 0
-    while not pace.budget(True, MOST):
+    while not pace.budget(1, 1, MOST):
         pace.plan(0, True)
         pace.collect(0, 0.0, 0.02)
         waits += 1
@@ -91,7 +109,7 @@ def test_a_pass_that_was_slow_for_once_keeps_prompts_waiting_for_64_steps_at_mos
 def test_a_clock_that_does_not_tick_stops_nobody() -> None:
     pace = PromptPace(2.0)
     for _ in range(6):
-        size = pace.budget(True, MOST)
+        size = pace.budget(1, 1, MOST)
         pace.plan(size, True)
         pace.collect(size, 0.0, 0.0)
         assert size > 0
@@ -101,7 +119,7 @@ def test_no_chunk_is_longer_than_the_scheduler_allows() -> None:
     pace = PromptPace(2.0)
     pace.plan(8, True)
     pace.collect(8, 0.001, 0.5)
-    assert pace.budget(True, 8) == 8
+    assert pace.budget(1, 1, 8) == 8
 
 
 def test_a_line_through_passes_of_several_lengths_tells_fixed_from_growing_cost() -> None:

@@ -328,6 +328,22 @@ def test_prompts_beside_decoding_requests_make_steps_take_about_twice_as_long_on
     assert {after - before for before, after in pairwise(places[4:])} == {3, 4}
 
 
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [([26], 64, [26]), ([40], 64, [20, 20]), ([47], 64, [20, 27]), ([26, 26], 64, [26]), ([26], 25, [20, 6])],
+)
+def test_what_is_less_than_two_chunks_is_computed_in_one(
+    lengths: list[int], most: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of a prompt is not worth a pass, unless that would be longer than passes may be."""
+    scheduler = make_scheduler(chunked_prefill_size=most, num_pages=1000)
+    monkeypatch.setattr(scheduler._pace, "budget", lambda _decoding, _waiting, _most: 20)
+    for number, length in enumerate(lengths):
+        scheduler.add(make_request(f"{number}", length))
+    sizes = [sum(counts(batch)) for _ in expected for batch in play(scheduler) if not batch.is_verify]
+    assert sizes == expected
+
+
 def test_chunks_follow_limits_that_are_replaced() -> None:
     scheduler = make_scheduler(chunked_prefill_size=16)
     scheduler.limits = replace(scheduler.limits, chunked_prefill_size=5)
