@@ -19,9 +19,10 @@ MAX_CHUNK = 65535
 MAX_BEHIND = 16
 # Default of --draft-vocab-size.
 DRAFT_VOCAB_SIZE = 32768
-# What GOMP_SPINCOUNT should be where torch is loaded. Behind an operation torch's threads then keep their cores for a
-# moment, as a prefill wants, not for the milliseconds of libgomp's default: others need the cores, too.
-GOMP_SPIN_COUNT = "20000"
+# What torch should find in its environment where it is loaded, for the sake of a CPU. Behind an operation its threads
+# then keep their cores for a moment, as a prefill wants, not for the milliseconds of libgomp's default: others need the
+# cores, too. And tensors lie in huge pages where the system leaves that to programs: weights are read from end to end.
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 # Values of --generation-config that are no directory; the last one by vLLM's name.
 OF_THE_CHECKPOINT, NEUTRAL = "auto", ("none", "vllm")

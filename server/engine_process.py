@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 import tqdm
 
 from server.channel import SyncEnd
-from server.config import GOMP_SPIN_COUNT, EngineConfig
+from server.config import ENGINE_ENVIRONMENT, EngineConfig
 from server.control import Control, Done
 from server.errors import InvalidRequest, TandemError
 from server.logs import set_up_log
@@ -80,7 +80,8 @@ def run(
     # The lock that tqdm would make is a semaphore of the system, which outlives a killed process.
     tqdm.tqdm.set_lock(threading.RLock())
     set_up_log(log_level, log_format)
-    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPIN_COUNT)  # read when torch is loaded, which happens below
+    for name, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # read when torch is loaded, which happens below
     channel = SyncEnd(endpoint)
     try:
         loaded = _load(engine, config)

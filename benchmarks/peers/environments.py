@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.openai_server import RunFailed, one_line
-from server.config import GOMP_SPIN_COUNT
+from server.config import ENGINE_ENVIRONMENT
 
 HERE = Path(__file__).resolve().parent.parent.parent
 DEFAULT_ROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem" / "peers"
@@ -74,7 +74,7 @@ class Environment:
         if self.peer == "llama.cpp":
             own["LLAMA_CPP_LIB_PATH"] = str(self.directory / "build" / "bin")
         if self.peer == "tandem":
-            own["GOMP_SPINCOUNT"] = GOMP_SPIN_COUNT  # a server's engine process sets it for itself
+            own |= ENGINE_ENVIRONMENT  # a server's engine process sets it for itself
         return dict(os.environ) | own
 
     def install(self) -> None:

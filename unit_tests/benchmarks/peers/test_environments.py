@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.openai_server import RunFailed
 from benchmarks.peers.environments import PEERS, Environment, Step, install
-from server.config import GOMP_SPIN_COUNT
+from server.config import ENGINE_ENVIRONMENT
 
 
 def steps_that(script: str) -> list[Step]:
@@ -53,5 +53,6 @@ def test_each_environment_has_pinned_versions_and_lies_in_the_directory(tmp_path
     assert own.variables(3)["OMP_NUM_THREADS"] == "3"
 
 
-def test_tandems_processes_wait_as_a_servers_engine_does(tmp_path: Path) -> None:
-    assert Environment(tmp_path, "tandem").variables(2)["GOMP_SPINCOUNT"] == GOMP_SPIN_COUNT
+def test_tandems_processes_have_the_environment_of_a_servers_engine(tmp_path: Path) -> None:
+    variables = Environment(tmp_path, "tandem").variables(2)
+    assert {name: variables[name] for name in ENGINE_ENVIRONMENT} == ENGINE_ENVIRONMENT
