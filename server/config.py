@@ -93,7 +93,9 @@ class EngineConfig:
         None, "prompt tokens per engine step, at most; default: 512 (GPU: 2048)"
     )
     stream_slowdown: float = _scheduling(
-        2.0, "while requests decode, prompt tokens may prolong steps to this many times their own length, on average"
+        2.0,
+        "while requests decode, prompt tokens may prolong steps to this many times their own length, on average; more, "
+        "while more wait for their first token than decode",
     )
     page_size: int = _memory(16, "tokens per KV page")
     mem_fraction_static: float = _memory(

@@ -6,22 +6,24 @@ chunk in every step, small enough for the decoding requests, would be spent on F
 average decoding requests are slowed down as asked for.
 
 While more requests wait for their first token than decode, prompts get as much more: a second spent on them costs each
-that decodes a second, and brings each that waits its first token so much sooner.
+that decodes a second, and brings each that waits its first token so much sooner. For that no chunk is longer than
+_MOST_PASSES decode passes.
 """
 
 import math
 
 MIN_CHUNK = 16
-# Of four fixed parts one is lost.
-_FIXED_PARTS = 4
+# Of three fixed parts one is lost; longer chunks are gaps in the streams that decode.
+_FIXED_PARTS = 3
+_MOST_PASSES = 2
 # Of the decode passes' time, at least, that prompts get: they may not starve.
 _LEAST_SHARE = 0.05
 # Where tokens cost nothing a chunk is as long as the scheduler has any.
 _LONGEST = 2**20
 # Steps without a chunk in a row, at most: a pass that was slow for once shall not keep prompts waiting for long.
 _MOST_WAITS = 64
-# What a pass tells counts less with every later one.
-_MEMORY = 0.9
+# What a pass tells counts less with every later one, but a line through a few noisy ones would say anything.
+_MEMORY = 0.99
 # Relative variance of the passes' lengths above which their times tell F and c apart.
 _TELLING_VARIANCE = 0.02
 
@@ -31,7 +33,7 @@ class PromptPace:
 
     def __init__(self, slowdown: float):
         self._least_share = self._share = max(slowdown - 1, _LEAST_SHARE)
-        self._chunk = math.inf
+        self._chunk = self._last_chunk = math.inf
         self._costs = PassCosts()
         self._decode_seconds = 0.0
         # Seconds of prefill that decode passes have not made up for yet, of passes that are known and planned ones.
@@ -45,6 +47,7 @@ class PromptPace:
             return most
         self._share = self._least_share * max(1.0, num_waiting / num_decoding)
         due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
+        self._chunk = self._size_chunk()
         return 0 if due > 1e-9 else int(min(self._chunk, most))
 
     def plan(self, num_tokens: int, has_decode: bool) -> None:
@@ -54,6 +57,7 @@ class PromptPace:
             return
         self._num_planned += 1
         if num_tokens:
+            self._last_chunk = self._chunk
             self._expected = self._costs.seconds(num_tokens)
 
     def collect(self, num_tokens: int, prefill_seconds: float, decode_seconds: float | None) -> None:
@@ -68,10 +72,17 @@ class PromptPace:
         self._owed = max(-allowance, min(self._owed + prefill_seconds - allowance, _MOST_WAITS * allowance))
         if num_tokens:
             self._expected = 0.0
-            fixed, per_token = self._costs.split(decode_seconds)
-            wanted = (max(allowance, _FIXED_PARTS * fixed) - fixed) / max(per_token, 1e-12)
-            last = num_tokens if math.isinf(self._chunk) else self._chunk
-            self._chunk = max(MIN_CHUNK, min(max(wanted, last / 2), 2 * last, _LONGEST))
+
+    def _size_chunk(self) -> float:
+        """Tokens of a chunk; without a limit while nothing is known."""
+        decode_seconds = self._decode_seconds
+        if not decode_seconds or not self._costs.has_any:
+            return math.inf
+        fixed, per_token = self._costs.split(decode_seconds)
+        longest = max(_MOST_PASSES, self._least_share) * decode_seconds
+        seconds = max(min(self._share * decode_seconds, longest), _FIXED_PARTS * fixed)
+        wanted = (seconds - fixed) / max(per_token, 1e-12)
+        return max(MIN_CHUNK, min(wanted, 2 * self._last_chunk, _LONGEST))
 
 
 class PassCosts:
@@ -80,6 +91,11 @@ class PassCosts:
     def __init__(self) -> None:
         self._weight = self._n = self._s = self._nn = self._ns = 0.0
         self._fixed: float | None = None
+
+    @property
+    def has_any(self) -> bool:
+        """Some pass was recorded."""
+        return self._weight > 0
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """One pass."""

@@ -221,7 +221,7 @@ class Scheduler(Admission):
         for request in waiting:
             if budget > 0:
                 start, rest = request.num_computed, request.num_known - request.num_computed
-                size = rest if rest < 2 * budget and rest <= room else budget  # a short rest is not worth a pass
+                size = rest if rest < 1.5 * budget and rest <= room else budget  # a short rest is not worth a pass
                 end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))
                 budget, room = budget - (end - start), room - (end - start)

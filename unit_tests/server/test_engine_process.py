@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import multiprocessing
+import os
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ import tqdm
 
 from server import engine_process
 from server.channel import AsyncEnd
-from server.config import EngineConfig
+from server.config import ENGINE_ENVIRONMENT, EngineConfig
 from server.control import Control, Pause, Resume
 from server.engine_process import run, take_turn
 from server.messages import Abort, EngineStats, Fatal, Generate, Ready, SamplingParams, StepReport
@@ -94,6 +95,17 @@ def test_progress_bars_leave_no_semaphore_behind_when_the_engine_is_killed() -> 
     tqdm.tqdm.set_lock(multiprocessing.RLock())
     _replies(EngineConfig(chunked_prefill_size=13), [5])
     assert isinstance(tqdm.tqdm.get_lock(), type(threading.RLock()))
+
+
+def test_torch_finds_what_serving_wants_unless_the_user_wants_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENGINE_ENVIRONMENT:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    _replies(EngineConfig(chunked_prefill_size=13), [5])
+    assert {name: os.environ[name] for name in ENGINE_ENVIRONMENT} == {
+        **dict.fromkeys(ENGINE_ENVIRONMENT, "7"),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
 
 
 def test_the_loop_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,13 +45,13 @@ def test_decoding_is_slowed_down_as_asked_for_on_average(
     chunks, measured = drive(PromptPace(slowdown), fixed, per_token, decode, ahead)
     assert measured == pytest.approx(slowdown, rel=0.1)
     sizes = {size for size in chunks if size}
-    assert all(fixed + per_token * size >= 3.7 * fixed for size in sizes) or sizes == {512}
+    assert all(fixed + per_token * size >= 2.7 * fixed for size in sizes) or sizes == {512}
 
 
 @pytest.mark.parametrize(
-    ("num_decoding", "num_waiting", "expected"), [(15, 1, 1.5), (4, 4, 1.5), (2, 6, 2.5), (1, 15, 8.5)]
+    ("num_decoding", "num_waiting", "expected"), [(15, 1, 1.5), (4, 4, 1.5), (2, 6, 2.5), (1, 15, 3.0)]
 )
-def test_where_more_wait_than_decode_prompts_get_as_much_more(
+def test_where_more_wait_than_decode_prompts_get_as_much_more_in_chunks_of_two_decode_passes(
     num_decoding: int, num_waiting: int, expected: float
 ) -> None:
     counts = {"num_decoding": num_decoding, "num_waiting": num_waiting}
