@@ -28,6 +28,7 @@ def run_child(start: Callable[[dict[str, Any]], Decoder]) -> None:
     """Answer until there is nothing more to read. What libraries print goes to stderr: stdout is for answers."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # or an error's last line is not the last
     decoder = start(json.loads(sys.stdin.readline()))
     print(json.dumps({"version": decoder.version}), file=answers, flush=True)
     for line in sys.stdin:

@@ -65,6 +65,7 @@ def fake_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     child = Path(decode.__file__).with_name("child.py").read_text()
     (tmp_path / "benchmarks" / "peers" / "child.py").write_text(child)
     (tmp_path / "benchmarks" / "peers" / "fake_child.py").write_text(FAKE_CHILD)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it every print is written at once anyway
     variables = dict(os.environ) | {"PYTHONPATH": str(tmp_path)}
     return lambda model: Contestant("fake", Path(sys.executable), "fake_child", variables, {"model": model})
 

@@ -1,6 +1,7 @@
 """Prompts get the share of the time that they may have, in chunks that are worth their fixed cost."""
 
 import math
+import random
 
 import pytest
 
@@ -115,6 +116,13 @@ def test_a_clock_that_does_not_tick_stops_nobody() -> None:
         assert size > 0
 
 
+def test_a_chunk_is_at_most_twice_as_long_as_the_one_before_however_many_come_to_wait() -> None:
+    pace = PromptPace(1.5)
+    chunks, _ = drive(pace, 0.0, 0.001, 0.05)
+    assert set(chunks) == {25}
+    assert pace.budget(1, 15, MOST) == 50, "two decode passes are worth 100"
+
+
 def test_no_chunk_is_longer_than_the_scheduler_allows() -> None:
     pace = PromptPace(2.0)
     pace.plan(8, True)
@@ -135,6 +143,16 @@ def test_what_passes_of_several_lengths_told_is_remembered() -> None:
         costs.record(size, 0.03 + 0.001 * size)
         fixed, per_token = costs.split(0.2)
     assert (fixed, per_token) == pytest.approx((0.03, 0.001))
+
+
+def test_passes_whose_times_scatter_by_a_third_do_not_make_up_a_fixed_cost() -> None:
+    costs, rng, found = PassCosts(), random.Random(0), []
+    for number in range(600):
+        size = rng.randint(16, 48)
+        costs.record(size, 0.0001 * size * rng.uniform(0.7, 1.3))
+        if number >= 200:
+            found.append(costs.split(0.002)[0])
+    assert max(found) < 0.0005, "a pass takes 0.0032 on average"
 
 
 def test_passes_of_one_length_are_split_by_what_a_decode_pass_costs() -> None:
