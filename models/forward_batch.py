@@ -208,8 +208,9 @@ class ForwardBatch:
         """Where the pass stands, for the C++ decoder."""
         view = self.view
         assert view is not None
-        of_requests = (view.row_ids, view.start_lens, view.accept_lens)
-        return DecoderPlace(self.query_starts, *of_requests, self.positions, view.page_table, not view.is_verify)
+        is_known = torch.full_like(view.row_ids, not view.is_verify)
+        of_requests = (view.row_ids, view.start_lens, view.accept_lens, is_known)
+        return DecoderPlace(self.query_starts, *of_requests, self.positions, view.page_table)
 
     def record(self, hidden: Tensor) -> None:
         """Keep the hidden states [N, H] of a verify pass for a draft head that may have to catch up on them."""

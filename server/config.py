@@ -173,7 +173,8 @@ class Limits:
     """Sizes the scheduler plans with; `mtp_step` is K. Without checkpoints there is no prefix cache.
 
     `page_bytes` and `checkpoint_bytes` are the sizes of one of each, `host_cache_bytes` bounds both together.
-    The draft head catches up on `max_behind` positions at most: 0 if it may never fall behind.
+    The draft head catches up on `max_behind` positions at most: 0 if it may never fall behind. Up to
+    `max_joint_tokens` of prompts share a pass with the requests that decode.
     """
 
     max_running_requests: int
@@ -188,6 +189,7 @@ class Limits:
     checkpoint_bytes: int = 1
     max_behind: int = MAX_BEHIND
     stream_slowdown: float = 2.0
+    max_joint_tokens: int = 0
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages of a request that may write ahead of num_tokens committed ones."""

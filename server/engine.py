@@ -9,11 +9,13 @@ for step t.
 import logging
 import math
 import random
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import torch
+from torch import Tensor
 
-from server.backend.batch import build_forward_batch, last_indices, update_table
+from server.backend.batch import build_forward_batch, drawn_rows, update_table
 from server.backend.grammar_compiler import GrammarCompiler
 from server.backend.grammar_queue import GrammarQueue
 from server.backend.lane import Lane, NoTrace, Readback, Trace
@@ -142,8 +144,8 @@ class Engine:
         return works or len(self.grammars) > 0 or self.controls.has_work()
 
     def step(self) -> list[TokenOutput | Failed]:
-        """Hand the device one step (a prefill pass and a decode pass, whichever have work) and return what the step
-        before it emitted; without overlap, what this one did."""
+        """Hand the device one step (a prefill pass and a decode pass, whichever have work, or both in one) and return
+        what the step before it emitted; without overlap, what this one did."""
         outputs = self.controls.advance()
         if self.is_changing:
             return outputs
@@ -203,35 +205,50 @@ class Engine:
         """On the device: cache operations and passes in their order."""
         with self.trace.span("step", "device", passes=len(step.batches)):
             self.runner.mover.run(step.before)
-            results = [self._run_pass(batch) for batch in step.batches]
+            passes = [step.batches] if step.is_joint else [[batch] for batch in step.batches]
+            results = [result for batches in passes for result in self._run_pass(batches)]
             self.runner.mover.run(step.after)
             return results
 
-    def _run_pass(self, batch: Batch) -> PassResult:
-        runner, watch = self.runner, Stopwatch(self.runner.table.device)
-        update_table(batch, runner.table)
-        is_eager = batch.has_matchers or batch.wants_processed
-        if batch.is_verify and runner.decode is not None and not is_eager:
-            with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in batch.works)):
-                return self._result(runner.decode.run(batch), batch, watch)
-        forward = build_forward_batch(batch, runner.table)
-        read_masks = self.masks.start(batch, forward.token_ids) if batch.has_matchers else None
-        with self.trace.span("verify" if batch.is_verify else "prefill", "device", rows=len(forward.token_ids)):
-            hidden = runner.target(forward)  # [N, H]: KV is written, GDN folds the accepted tokens, then verifies
-            rows = hidden if batch.is_verify else hidden[last_indices(forward)]
-            logits = runner.target.compute_logits(rows)  # [N or B, V]
-            sampled = runner.sampler.sample(logits, forward, batch, read_masks and read_masks())
-            scores = score_prompts(runner.target, runner.table, hidden, batch)
-        if any(has_penalty(work.sampling) for work in batch.works):  # of the drafts and of later steps
-            runner.table.count_outputs(forward, sampled.token_ids, sampled.accept_lens)
-        newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
-        drafts = newest[:, :0]
-        if runner.drafter is not None and not batch.is_idle:
-            with self.trace.span("draft", "device"):
-                guide = DraftMasks(batch, sampled) if batch.has_matchers else None
-                drafts = runner.drafter.propose(hidden, sampled, forward, batch, guide)
-        runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
-        return self._result(sampled, batch, watch, scores)
+    def _run_pass(self, batches: list[Batch]) -> list[PassResult]:
+        """One batch, or prompts and a verify that share a pass."""
+        runner, watch, first = self.runner, Stopwatch(self.runner.table.device), batches[0]
+        for batch in batches:
+            update_table(batch, runner.table)
+        is_eager = first.has_matchers or first.wants_processed
+        if first.is_verify and runner.decode is not None and not is_eager:
+            with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in first.works)):
+                return [self._result(runner.decode.run(first), first, watch)]
+        forwards = [build_forward_batch(batch, runner.table) for batch in batches]
+        token_ids = [forward.token_ids for forward in forwards]
+        read_masks = self.masks.start(batches, token_ids)
+        name = "joint" if len(batches) > 1 else "verify" if first.is_verify else "prefill"
+        with self.trace.span(name, "device", rows=sum(map(len, token_ids))):
+            hidden = runner.target.forward_jointly(forwards)  # KV is written, GDN folds accepted tokens, then verifies
+            logits = self._compute_logits([drawn_rows(*each) for each in zip(batches, forwards, hidden, strict=True)])
+            inputs = zip(logits, forwards, batches, read_masks(), strict=True)
+            samples = [runner.sampler.sample(*each) for each in inputs]
+            scores = [score_prompts(runner.target, runner.table, *each) for each in zip(hidden, batches, strict=True)]
+        results = []
+        for batch, forward, states, sampled, scored in zip(batches, forwards, hidden, samples, scores, strict=True):
+            if any(has_penalty(work.sampling) for work in batch.works):  # of the drafts and of later steps
+                runner.table.count_outputs(forward, sampled.token_ids, sampled.accept_lens)
+            newest = sampled.token_ids.gather(1, (sampled.accept_lens - 1).clamp(min=0)[:, None])
+            drafts = newest[:, :0]
+            if runner.drafter is not None and not batch.is_idle:
+                with self.trace.span("draft", "device"):
+                    guide = DraftMasks(batch, sampled) if batch.has_matchers else None
+                    drafts = runner.drafter.propose(states, sampled, forward, batch, guide)
+            runner.table.commit(forward, newest[:, 0], drafts, sampled.accept_lens)
+            results.append(self._result(sampled, batch, watch, scored))
+        return results
+
+    def _compute_logits(self, rows: list[Tensor]) -> Sequence[Tensor]:
+        """Of each batch's rows [n, H], [n, V]: the output head is read once, and not at all for none."""
+        counts = [len(part) for part in rows]
+        if not any(counts):
+            return [part.new_empty(0, self.runner.table.vocab_size) for part in rows]
+        return self.runner.target.compute_logits(rows[0] if len(rows) == 1 else torch.cat(rows)).split(counts)
 
     def _result(
         self, sampled: Sampled, batch: Batch, watch: Stopwatch, scores: PassLogprobs | None = None

@@ -245,11 +245,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What the device is to do: cache operations `before` the passes, the passes, and operations `after` them."""
+    """What the device is to do: cache operations `before` the passes, the passes, and operations `after` them.
+    `is_joint`: the passes read the weights together, and take their time together."""
 
     before: list[CacheOp]
     batches: list[Batch]
     after: list[CacheOp]
+    is_joint: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class SkippedPrompts:
         self._nothing = scale.new_zeros(1, len(scale), dtype=weight.dtype)
         self.compute_logits = target.compute_logits
 
-    def __call__(self, forward: Any) -> Tensor:
-        return self._nothing.expand(len(forward.token_ids), -1)
+    def forward_jointly(self, passes: list[Any]) -> list[Tensor]:
+        return [self._nothing.expand(len(forward.token_ids), -1) for forward in passes]
 
 
 class DecodeBench:

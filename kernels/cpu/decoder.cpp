@@ -40,8 +40,8 @@ struct Front {
 };
 
 struct Batch {
-    const int64_t *token_ids, *offsets, *row_ids, *start_lens, *accept_lens, *positions, *page_table;
-    int64_t requests, rows, table_width, is_known;
+    const int64_t *token_ids, *offsets, *row_ids, *start_lens, *accept_lens, *is_known, *positions, *page_table;
+    int64_t requests, rows, table_width;
 };
 
 template <typename W, typename F>
@@ -225,7 +225,7 @@ struct Decoder {
                                          first,
                                          batch.offsets[b + 1] - first,
                                          history.get() + b * (n.taps - 1) * channels,
-                                         batch.is_known != 0};
+                                         batch.is_known[b] != 0};
             verify_head(sizes, weights, mine, projected.get(), place, task % HV, mixed.get());
         });
     }
@@ -327,10 +327,11 @@ struct Decoder {
         add_and_norm(final_norm, out, num_layers > 0);
     }
 
-    // Keep what a draft head will want to know of these rows.
+    // Keep what a draft head will want to know of the guessed rows.
     void record(const F* out) const {
         const int64_t H = n.hidden;
         for (int64_t r = 0; r < N; ++r) {
+            if (batch.is_known[request_of[r]] != 0) continue;
             const int64_t row = batch.row_ids[request_of[r]];
             const int64_t slot = row * memory.history_len + batch.positions[r] % memory.history_len;
             memory.history_ids[slot] = batch.token_ids[r];

@@ -46,7 +46,7 @@ class DecoderSizes(ctypes.Structure):
 class DecoderMemory(NamedTuple):
     """The whole cache, updated in place: kv [L, 2, pages, page_size, HKV, D] in the weights' dtype; conv_ring [L_delta,
     R, ring_len, C], state [L_delta, R, HV, DK, DV] and the delta ring with a leading L_delta. With `history` (hidden
-    [R, length, H] in the weights' dtype, token ids [R, length] int64) the pass's rows are recorded there, by
+    [R, length, H] in the weights' dtype, token ids [R, length] int64) the pass's guessed rows are recorded there, by
     position."""
 
     kv: Tensor
@@ -59,16 +59,16 @@ class DecoderMemory(NamedTuple):
 class DecoderPlace(NamedTuple):
     """Where the pass stands, all int64: offsets [B + 1] of the requests' rows in the pass; row_ids, start_lens,
     accept_lens [B] and page_table [B, P] as in the cache; positions [N]. Layers with a delta net want positions that
-    count up from start_lens. `is_known`: the rows are no guesses, so states are stored behind the last of them and
-    nothing is recorded for a later fold."""
+    count up from start_lens. Where is_known [B] is not 0 a request's rows are no guesses, so states are stored behind
+    the last of them and nothing is recorded for a later fold."""
 
     offsets: Tensor
     row_ids: Tensor
     start_lens: Tensor
     accept_lens: Tensor
+    is_known: Tensor
     positions: Tensor
     page_table: Tensor
-    is_known: bool = False
 
 
 class DraftVocabulary(NamedTuple):
@@ -113,8 +113,8 @@ class _Layer(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("token_ids", *DecoderPlace._fields[:-1])),
-        *((name, ctypes.c_int64) for name in ("requests", "rows", "table_width", "is_known")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", *DecoderPlace._fields)),
+        *((name, ctypes.c_int64) for name in ("requests", "rows", "table_width")),
     ]
 
 
@@ -200,10 +200,10 @@ class Decoder:
         hidden: Tensor | None,
         chain: _Chain | None,
     ) -> Tensor:
-        places = [tensor.contiguous() for tensor in (token_ids, *place[:-1])]
+        places = [tensor.contiguous() for tensor in (token_ids, *place)]
         batch = _Batch(
             *(tensor.data_ptr() for tensor in places),
-            *(len(place.row_ids), len(token_ids), place.page_table.shape[1], place.is_known),
+            *(len(place.row_ids), len(token_ids), place.page_table.shape[1]),
         )
         tensors = (memory.kv, memory.conv_ring, memory.state, *memory.ring)
         cache = _Memory(

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.decoder import MAX_HEAD_DIM, Decoder, DecoderMemory, DecoderSizes, DraftChain, serves
+from kernels.cpu.decoder import MAX_HEAD_DIM, Decoder, DecoderMemory, DecoderPlace, DecoderSizes, DraftChain, serves
 from kernels.quantized_linear import QuantizedWeight, Weight
 from kernels.rotary import rotary_frequencies
 from models.config import ModelConfig
@@ -15,7 +17,9 @@ from models.layers.norm import RMSNorm
 _MAX_ROWS_PER_REQUEST = 16
 # Multiplications per layer up to which known rows are faster this way than through torch's matrix products.
 _MAX_PRODUCTS = 2**30
-
+# The same where they run with the rows of a decode step, in one pass over the weights instead of two.
+_MAX_JOINT_PRODUCTS = 2**31
+_JOINED = ("row_ids", "start_lens", "accept_lens", "is_known", "positions")
 
 KernelFront = Callable[[], dict[str, Weight]]
 
@@ -38,15 +42,27 @@ class CpuDecoder:
         """Whether the pass may take this way: the rows of a decode step, and if they are few the known ones of prompts
         or of a draft head that catches up."""
         view = forward.view
-        if view is None or self._config.head_dim > MAX_HEAD_DIM or not serves(self._norm.scale):
+        if view is None or not self._is_served:
             return False
         is_step = view.is_verify and max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
         return is_step or sum(forward.query_lens) * self._packed().num_products <= _MAX_PRODUCTS
+
+    @property
+    def max_joint_tokens(self) -> int:
+        """Up to how many known tokens `run_jointly` is faster with than two passes; 0: it may not be called."""
+        return _MAX_JOINT_PRODUCTS // self._packed().num_products if self._is_served else 0
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""
         memory = _memory(forward, records=hidden is None)
         return self._packed().run(token_ids, memory, forward.decoder_place, hidden)
+
+    def run_jointly(self, passes: Sequence[ForwardBatch]) -> list[Tensor]:
+        """A target's passes over different rows of one cache: hidden states [N, H] of each after the norm."""
+        token_ids = torch.cat([forward.token_ids for forward in passes])
+        place = _join([forward.decoder_place for forward in passes])
+        hidden = self._packed().run(token_ids, _memory(passes[0], records=True), place)
+        return list(hidden.split([len(forward.token_ids) for forward in passes]))
 
     def propose(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor, chain: DraftChain) -> Tensor:
         """Guesses [B, D] of a draft head with one layer: see Decoder.propose."""
@@ -55,6 +71,10 @@ class CpuDecoder:
     def forget(self) -> None:
         """Weights may lie elsewhere at the next pass, if not all of them."""
         self._decoder = None
+
+    @property
+    def _is_served(self) -> bool:
+        return self._config.head_dim <= MAX_HEAD_DIM and serves(self._norm.scale)
 
     def _packed(self) -> Decoder:
         """Made at the first pass, and again when the module has moved to other memory: all of it, or see `forget`."""
@@ -75,9 +95,18 @@ def _memory(forward: ForwardBatch, records: bool = False) -> DecoderMemory:
     """The cache; a target also records its guessed rows for its draft head."""
     assert forward.view is not None
     cache = forward.view.cache
-    records &= forward.view.is_verify
     history = (cache.history.hidden, cache.history.token_ids) if records and cache.history else None
     return DecoderMemory(cache.kv.data, cache.gdn.conv_ring, cache.gdn.state, cache.gdn.ring, history)
+
+
+def _join(places: Sequence[DecoderPlace]) -> DecoderPlace:
+    """One place of all requests, those of the first one first."""
+    num_rows, width = [len(place.positions) for place in places], max(place.page_table.shape[1] for place in places)
+    starts = [place.offsets[:-1] + sum(num_rows[:index]) for index, place in enumerate(places)]
+    tables = [F.pad(place.page_table, (0, width - place.page_table.shape[1])) for place in places]
+    joined = {name: torch.cat([getattr(place, name) for place in places]) for name in _JOINED}
+    offsets = torch.cat([*starts, starts[0].new_tensor([sum(num_rows)])])
+    return DecoderPlace(offsets=offsets, page_table=torch.cat(tables), **joined)
 
 
 def _sizes(config: ModelConfig) -> DecoderSizes:

@@ -49,6 +49,14 @@ def last_indices(forward: ForwardBatch) -> Tensor:
     return forward.query_starts[1:] - 1
 
 
+def drawn_rows(batch: Batch, forward: ForwardBatch, hidden: Tensor) -> Tensor:
+    """Of hidden [N, H] what tokens are drawn from: all rows of a verify, each chunk's last one, or none where no chunk
+    ends a prompt."""
+    if batch.is_verify:
+        return hidden
+    return hidden[last_indices(forward)] if batch.ends_any_prompt else hidden[:0]
+
+
 def following_ids(batch: Batch, count: int) -> list[list[int]]:
     """Per request of a prefill batch, the `count` known tokens after its chunk; -1 where the prompt has ended."""
     known = [list(work.following_ids[:count]) for work in batch.works]

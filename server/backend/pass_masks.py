@@ -19,22 +19,28 @@ from server.request import Batch, Work
 
 class RowMasks:
     """Masks of the rows that tokens are drawn from, made while the target runs: by a thread beside a CPU's, for a GPU,
-    which has its work by then, when they are asked for. One pass at a time."""
+    which has its work by then, when they are asked for. One step at a time."""
 
     def __init__(self, vocab_size: int, device: str):
         self._vocab_size, self._device = vocab_size, device
         self._lane = Lane(is_threaded=True) if device == "cpu" else None
 
-    def start(self, batch: Batch, window: Tensor) -> Callable[[], TokenMasks]:
-        """What gives the masks of a pass that runs on the tokens window [N]. Until then nobody may touch matchers."""
-        make = partial(self._make, batch, Readback(window))
+    def start(self, batches: Sequence[Batch], windows: Sequence[Tensor]) -> Callable[[], "list[TokenMasks | None]"]:
+        """What gives the masks of each pass, which runs on the tokens window [N]; None where nobody is masked. Until
+        then nobody may touch matchers."""
+        if not any(batch.has_matchers for batch in batches):
+            return lambda: [None] * len(batches)
+        make = partial(self._make, batches, Readback(*windows))
         if self._lane is None:
             return make
         made = self._lane.submit(make)
         return lambda: make() if made.cancel() else made.result()  # a thread without a core has not begun
 
-    def _make(self, batch: Batch, window: Readback) -> TokenMasks:
-        return mask_rows(batch, window.read()[0], self._vocab_size, self._device)
+    def _make(self, batches: Sequence[Batch], windows: Readback) -> "list[TokenMasks | None]":
+        return [
+            mask_rows(batch, window, self._vocab_size, self._device) if batch.has_matchers else None
+            for batch, window in zip(batches, windows.read(), strict=True)
+        ]
 
 
 def mask_rows(batch: Batch, window: Sequence[int], vocab_size: int, device: str) -> TokenMasks:

@@ -119,6 +119,8 @@ def build_runner(config: EngineConfig) -> Runner:
         mover = CacheMover(table, plan.limits.num_checkpoints)
         if backends.have_decode_step:
             table.keep_rules(eos_ids)
+    with torch.no_grad():
+        plan = replace(plan, limits=replace(plan.limits, max_joint_tokens=target.max_joint_tokens))
     sampler = Sampler(table, eos_ids)
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
     decode = _build_decode(config, target, draft, table, num_mtp_layers) if backends.have_decode_step else None

@@ -51,7 +51,10 @@ class Sampler:
 
     def sample(self, logits: Tensor, forward: ForwardBatch, batch: Batch, masks: TokenMasks | None = None) -> Sampled:
         """The tokens of one target pass; logits [N, V] of all verify rows, or [B, V] of each chunk's last token.
-        `masks` apply before all other rules."""
+        `masks` apply before all other rules. Where no chunk ends a prompt nothing is drawn, and logits are not read."""
+        if not batch.is_verify and not batch.ends_any_prompt:
+            nothing = torch.zeros(len(batch.works), dtype=torch.int64, device=forward.token_ids.device)
+            return Sampled(nothing[:, None], nothing, nothing, nothing, logits, nothing == 0, [0] * len(batch.works))
         masked = logits if masks is None else masks.apply(logits)
         if batch.is_verify:
             return self._sample_windows(logits, masked, forward, batch)
@@ -126,7 +129,7 @@ class Sampler:
         """Log-probabilities for the requests that asked, on their way to the host; None if none did."""
         num_tops = [work.sampling.logprobs for work in batch.works]
         asked = [num_top for num_top in num_tops if num_top is not None]
-        if not asked:
+        if not asked or not len(sampled.logits):
             return None
         logits = self._choose_logits(sampled, batch) if batch.wants_processed else sampled.logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -5,6 +5,9 @@ chunk in every step, small enough for the decoding requests, would be spent on F
 --stream-slowdown allows per step, or takes _FIXED_PARTS · F where that is longer, and then comes in fewer steps: on
 average decoding requests are slowed down as asked for.
 
+Where a chunk is short enough to share the decode pass there is no F: every step has one, and what it costs is what the
+step took more than a decode pass alone does, which now and then runs alone to tell.
+
 While more requests wait for their first token than decode, prompts get as much more: a second spent on them costs each
 that decodes a second, and brings each that waits its first token so much sooner. For that no chunk is longer than
 _MOST_PASSES decode passes.
@@ -24,6 +27,10 @@ _LONGEST = 2**20
 _MOST_WAITS = 64
 # What a pass tells counts less with every later one, but a line through a few noisy ones would say anything.
 _MEMORY = 0.99
+# Steps in a row that share a pass, at most, and how many more or fewer may decode than when a decode pass ran alone:
+# after that one does again.
+_MOST_JOINT_STEPS = 32
+_SIMILAR = 0.25
 # Relative variance of the passes' lengths above which their times tell F and c apart.
 _TELLING_VARIANCE = 0.02
 
@@ -31,7 +38,12 @@ _TELLING_VARIANCE = 0.02
 class PromptPace:
     """The scheduler asks for `budget`, tells what it has planned and, in the same order, what that took."""
 
-    def __init__(self, slowdown: float):
+    def __init__(self, slowdown: float, max_joint_tokens: int = 0):
+        self._max_joint_tokens = max_joint_tokens
+        self.is_joint = False  # the newest chunk shares the decode pass
+        # Who decodes now and did when a decode pass last ran alone, and steps that shared a pass since.
+        self._num_decoding = self._num_alone = self._num_joint = 0
+        self._has_decoded = False
         self._least_share = self._share = max(slowdown - 1, _LEAST_SHARE)
         self._chunk = self._last_chunk = math.inf
         self._costs = PassCosts()
@@ -45,6 +57,9 @@ class PromptPace:
         wait for their first token."""
         if not num_decoding or math.isinf(self._least_share):
             return most
+        self._num_decoding = num_decoding
+        if self._max_joint_tokens and not self._knows_decoding():
+            return 0
         self._share = self._least_share * max(1.0, num_waiting / num_decoding)
         due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
         self._chunk = self._size_chunk()
@@ -52,6 +67,10 @@ class PromptPace:
 
     def plan(self, num_tokens: int, has_decode: bool) -> None:
         """The next step computes num_tokens of prompts."""
+        self.is_joint = has_decode and 0 < num_tokens <= self._max_joint_tokens
+        self._num_joint = self._num_joint + 1 if self.is_joint else 0
+        if has_decode and not self.is_joint:
+            self._num_alone = self._num_decoding
         if not has_decode:
             self._owed, self._expected, self._num_planned = 0.0, 0.0, 0
             return
@@ -66,19 +85,29 @@ class PromptPace:
             self._costs.record(num_tokens, prefill_seconds)
         if decode_seconds is None or math.isinf(self._share):
             return
-        self._decode_seconds = decode_seconds
+        self._has_decoded, self._decode_seconds = True, decode_seconds
         self._num_planned = max(0, self._num_planned - 1)
         allowance = self._share * decode_seconds
         self._owed = max(-allowance, min(self._owed + prefill_seconds - allowance, _MOST_WAITS * allowance))
         if num_tokens:
             self._expected = 0.0
 
+    def collect_joint(self, num_tokens: int, seconds: float) -> None:
+        """What a step took in which both shared a pass."""
+        self.collect(num_tokens, max(0.0, seconds - self._decode_seconds), self._decode_seconds)
+
+    def _knows_decoding(self) -> bool:
+        """What a decode pass of about so many requests takes alone was measured not long ago, or soon will be."""
+        is_similar = abs(self._num_decoding - self._num_alone) <= _SIMILAR * self._num_alone
+        return self._has_decoded and is_similar and self._num_joint < _MOST_JOINT_STEPS
+
     def _size_chunk(self) -> float:
         """Tokens of a chunk; without a limit while nothing is known."""
         decode_seconds = self._decode_seconds
         if not decode_seconds or not self._costs.has_any:
             return math.inf
-        fixed, per_token = self._costs.split(decode_seconds)
+        shares = 0 < self._last_chunk <= self._max_joint_tokens
+        fixed, per_token = (0.0, self._costs.seconds(1)) if shares else self._costs.split(decode_seconds)
         longest = max(_MOST_PASSES, self._least_share) * decode_seconds
         seconds = max(min(self._share * decode_seconds, longest), _FIXED_PARTS * fixed)
         wanted = (seconds - fixed) / max(per_token, 1e-12)

@@ -1,6 +1,7 @@
 """What runs next: chunked prefill, verify steps and their drafts, and the books of both. Policy on the host, no torch.
 
-One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt). A step
+One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt), and
+where chunks are short enough for it both are one pass. A step
 is planned before the results of the last one are known: lengths are upper bounds, a request whose end the host has not
 heard of runs once more for nothing, and what a request leaves behind is carried out in the order of planning.
 """
@@ -43,7 +44,7 @@ class Scheduler(Admission):
         super().__init__(limits, turn_ids, is_intact, clock, watchdog)
         self.planner = planner
         self._after = list[CacheOp]()
-        self._pace = PromptPace(limits.stream_slowdown)
+        self._pace = PromptPace(limits.stream_slowdown, limits.max_joint_tokens)
         self._collected_at = clock()  # the last step was collected then
 
     def has_work(self) -> bool:
@@ -64,7 +65,8 @@ class Scheduler(Admission):
         self._reserve_decode_pages()
         if self.counters.num_preemptions == num_preemptions:
             self._admit()
-        step = Step(self._before, self._plan_passes(), self._after)
+        batches = self._plan_passes()
+        step = Step(self._before, batches, self._after, self._pace.is_joint and len(batches) > 1)
         self._before, self._after = [], []
         return step if step.batches or step.before else None
 
@@ -89,6 +91,9 @@ class Scheduler(Admission):
     def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
         """What planner and pace need to know of a step."""
         since, self._collected_at = self._collected_at, self.clock()
+        if step.is_joint:
+            self._pace.collect_joint(sum(work.num_tokens for work in step.batches[0].works), outcomes[-1].seconds)
+            return
         prefill_len, prefill_seconds, decode_seconds = 0, 0.0, None
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
@@ -221,7 +226,8 @@ class Scheduler(Admission):
         for request in waiting:
             if budget > 0:
                 start, rest = request.num_computed, request.num_known - request.num_computed
-                size = rest if rest < 1.5 * budget and rest <= room else budget  # a short rest is not worth a pass
+                is_short = rest < 1.5 * budget and rest <= room and rest > self.limits.max_joint_tokens
+                size = rest if is_short else budget  # a short rest is not worth a pass
                 end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))
                 budget, room = budget - (end - start), room - (end - start)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from server.backend.pass_result import PassResult
 from server.config import EngineConfig
 from server.engine import Engine
 from server.messages import Generate, SamplingParams, TokenOutput
+from server.request import Batch
 
 
 def make_engine(checkpoint: Path, **settings: Any) -> Engine:
@@ -26,6 +28,18 @@ def make_engine(checkpoint: Path, **settings: Any) -> Engine:
         "overlap": "off",
     }
     return Engine(EngineConfig(model=str(checkpoint), **defaults | settings))
+
+
+def watch_passes(engine: Engine) -> list[list[Batch]]:
+    """The batches of every pass that the engine runs from now on."""
+    passes, run_pass = list[list[Batch]](), engine._run_pass
+
+    def watch(batches: list[Batch]) -> list[PassResult]:
+        passes.append(batches)
+        return run_pass(batches)
+
+    engine._run_pass = watch  # type: ignore[method-assign]
+    return passes
 
 
 def make_prompts(count: int, longest: int, vocab_size: int, seed: int) -> list[list[int]]:

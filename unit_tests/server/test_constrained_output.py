@@ -15,7 +15,15 @@ from server.engine import Engine
 from server.llm import LLM
 from server.messages import Constraint, Failed, Generate, SamplingParams
 from unit_tests.checkpoints import END_THINK, IM_END, THINK, make_checkpoint
-from unit_tests.server.engines import assert_nothing_left, generate, make_engine, make_prompts, run, tokens_of
+from unit_tests.server.engines import (
+    assert_nothing_left,
+    generate,
+    make_engine,
+    make_prompts,
+    run,
+    tokens_of,
+    watch_passes,
+)
 
 SCHEMA = {
     "type": "object",
@@ -97,8 +105,12 @@ def test_drafts_company_and_overlap_change_no_token(
     checkpoint: Path, plain: list[list[int]], mtp_step: int, overlap: str
 ) -> None:
     engine = make_engine(checkpoint, mtp_step=mtp_step, overlap=overlap, chunked_prefill_size=16)
+    passes = watch_passes(engine)
     found = run(engine, PROMPTS[: len(MIXED)] * 2, MIXED * 2)
     assert tokens_of(found) == plain * 2
+    joint = [batches for batches in passes if len(batches) > 1]
+    has_masks = any(all(batch.has_matchers for batch in batches) for batches in joint)
+    assert has_masks or engine.scheduler.limits.max_joint_tokens == 0
     for params, messages in zip(MIXED, found, strict=False):
         assert messages[-1].finish_reason == ("stop" if params.constraint else "length")
     if mtp_step:

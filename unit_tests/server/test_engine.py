@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from server.errors import ConfigError, InvalidRequest
 from server.messages import Generate, SamplingParams
@@ -28,6 +29,25 @@ def test_a_stop_inside_an_accepted_run_cuts_there_and_max_tokens_is_exact(checkp
         got = [token for message in messages for token in message.token_ids]
         assert got == tokens[: tokens.index(stop_id) + 1]
         assert messages[-1].finish_reason == "stop" and messages[-1].stop_token_id == stop_id
+
+
+@pytest.mark.parametrize("mtp_step", [0, 2])
+def test_the_output_head_runs_for_chunks_that_end_a_prompt_only(checkpoint: Path, mtp_step: int) -> None:
+    engine = make_engine(checkpoint, mtp_step=mtp_step, chunked_prefill_size=20)
+    target, num_rows = engine.runner.target, list[int]()
+    compute_logits = target.compute_logits
+
+    def count(hidden: Tensor) -> Tensor:
+        num_rows.append(len(hidden))
+        return compute_logits(hidden)
+
+    target.compute_logits = count  # type: ignore[method-assign]
+    asked = SamplingParams(temperature=0.5, seed=1, max_tokens=1, logprobs=2, repetition_penalty=1.2)
+    (messages,) = run(engine, [list(range(70))], asked)
+    assert num_rows == [1], "the fourth chunk's last token"
+    assert len(messages) == 1 and len(messages[0].logprobs) == 1
+    del target.compute_logits
+    assert messages[0].token_ids == generate(make_engine(checkpoint), [list(range(70))], asked)[0]
 
 
 def test_both_stop_ids_of_the_checkpoint_end_a_request(checkpoint: Path) -> None:

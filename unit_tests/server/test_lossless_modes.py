@@ -14,7 +14,7 @@ from server.messages import Generate, SamplingParams
 from server.router.planner import SpeculationState
 from server.router.prompt_pace import PromptPace
 from unit_tests.checkpoints import make_checkpoint
-from unit_tests.server.engines import assert_nothing_left, generate, make_engine, make_prompts
+from unit_tests.server.engines import assert_nothing_left, generate, make_engine, make_prompts, watch_passes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1, max_tokens=20, ignore_eos=True, seed=11, presence_penalty=0.5)
@@ -93,9 +93,11 @@ def test_prompts_that_wait_for_decoding_requests_change_nothing(
 
     monkeypatch.setattr(PromptPace, "budget", draw_budget)
     engine = make_engine(checkpoint, mtp_step=mtp_step, overlap=overlap, max_running_requests=5, prefix_cache="on")
+    passes = watch_passes(engine)
     for conversations, answers in turns[:2]:
         assert serve(engine, conversations) == answers
     assert {0, 1, 7} < set(budgets) and (engine.scheduler.counters.num_accepted > 0) == (mtp_step > 0)
+    assert sum(len(batches) > 1 for batches in passes) > 20 or engine.scheduler.limits.max_joint_tokens == 0
 
 
 def use_random_depths(engine: Engine, seed: int) -> None:

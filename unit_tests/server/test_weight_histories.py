@@ -117,10 +117,10 @@ class Histories:
     def _watch_ids(self) -> None:
         run_pass, table = self.engine._run_pass, self.engine.runner.table
 
-        def run(batch: Any) -> Any:
-            for work in batch.works if batch.is_verify else ():
+        def run(batches: Any) -> Any:
+            for work in (work for batch in batches if batch.is_verify for work in batch.works):
                 assert all(0 <= token < table.vocab_size for token in table.next_ids[work.row, : work.num_tokens])
-            return run_pass(batch)
+            return run_pass(batches)
 
         self.engine._run_pass = run  # type: ignore[method-assign]
 

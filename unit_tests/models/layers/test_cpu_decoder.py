@@ -213,6 +213,58 @@ def test_a_verify_pass_records_its_rows_for_the_draft_head_either_way(directory:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float64, "none"), (torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int4")],
+)
+def test_chunks_and_a_verify_in_one_pass_are_those_of_two_bit_for_bit(
+    directory: Path, dtype: torch.dtype, quantization: str
+) -> None:
+    """Their page tables are of different widths."""
+    target, draft = load(directory, dtype, quantization)
+    outputs, memories = [], []
+    for is_joint in (True, False):
+        run = CachedRun(target, draft, max_len=120)
+        history = History.allocate(target.config, 5, dtype, "cpu")
+        object.__setattr__(run.cache, "history", history)
+        run.prefill([1, 4, 3], [[1] * 6, [2] * 9, [3] * 31])
+        run.verify([1, 4], [[5, 6], [8]])
+        run.accept([1, 4], [2, 1])
+        chunks = run.batch([3, 2], [[7] * 20, [9] * 11], is_verify=False)
+        guesses = run.batch([4, 1], [[5, 6, 7], [8]], is_verify=True)
+        assert chunks.view is not None and guesses.view is not None
+        object.__setattr__(guesses.view, "page_table", guesses.view.page_table[:, :4])
+        passes = [chunks, guesses]
+        outputs.append(target.forward_jointly(passes) if is_joint else [target(forward) for forward in passes])
+        memories.append([*memory_of(run), history.hidden, history.token_ids])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*outputs, strict=True))
+    for mine, theirs in zip(*memories, strict=True):
+        assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@torch.inference_mode()
+def test_passes_are_joined_where_the_kernel_runs_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = load(directory, torch.float64)
+    assert target.max_joint_tokens == 2**31 // target._cpu_decoder._packed().num_products > 0
+    calls, joined = list[int](), cpu_decoder.Decoder.run
+    monkeypatch.setattr(cpu_decoder.Decoder, "run", lambda *args: calls.append(1) or joined(*args))
+
+    def run_both() -> list[Tensor]:
+        run = CachedRun(target, max_len=80)
+        run.prefill([1], [[1] * 6])
+        prompt, step = run.batch([2], [[7] * 5], is_verify=False), run.batch([1], [[5]], is_verify=True)
+        return target.forward_jointly([prompt, step])
+
+    together = run_both()
+    assert len(calls) == 2, "the prompt's pass and the joint one"
+    with law():
+        assert target.max_joint_tokens == 0
+        for mine, theirs in zip(together, run_both(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    assert len(calls) == 2
+
+
+@torch.inference_mode()
 def test_known_rows_take_the_same_way_if_they_are_few(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = load(directory, torch.float64)
     run = CachedRun(*models, max_len=80)

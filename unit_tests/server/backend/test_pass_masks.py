@@ -59,8 +59,11 @@ def test_masks_are_the_same_wherever_they_are_made(requests: list[Request], plac
         assert rows._lane is not None
         rows._lane.submit(is_over.wait)
     batch = Batch([verify_work(request, width) for request, width in zip(requests, (3, 2, 2), strict=True)], True)
-    read = rows.start(batch, torch.tensor([7, 9, 7, 4, 5, 6, 11]))
-    assert allowed(torch.zeros(7, VOCAB_SIZE).where(unpack(read()), -torch.inf)) == VERIFIED
+    unmasked, window = Batch([prefill_work(make_request(4, [1, 2]), 2)], False), torch.tensor([7, 9, 7, 4, 5, 6, 11])
+    nothing, masks = rows.start([unmasked, batch], [window[:2], window])()
+    assert nothing is None and masks is not None
+    assert allowed(torch.zeros(7, VOCAB_SIZE).where(unpack(masks), -torch.inf)) == VERIFIED
+    assert rows.start([unmasked], [window[:2]])() == [None]
     is_over.set()
 
 

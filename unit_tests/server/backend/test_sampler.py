@@ -190,6 +190,16 @@ def test_a_mixed_prefill_batch_draws_at_the_end_of_each_chunk(seed: int) -> None
             assert sampled.token_ids[i, 0] == naive_token(logits[i, 0], requests[i], counts[i], [])
 
 
+def test_inside_prompts_nothing_is_drawn_and_nothing_emitted() -> None:
+    rng = random.Random(0)
+    requests = [draw_request(rng, row, draw_settings(rng) | {"logprobs": 2}) for row in (1, 3)]
+    forward, batch = prefill_pass(requests, [request.num_known - 1 for request in requests])
+    sampler = make_sampler(requests)
+    sampled = sampler.sample(torch.empty(0, VOCAB_SIZE), forward, batch)
+    assert sampled.accept_lens.tolist() == sampled.match_lens.tolist() == [0, 0] and sampled.is_finite.all()
+    assert sampled.token_ids.shape == (2, 1) and sampler.logprobs(sampled, batch) is None
+
+
 @pytest.mark.parametrize(
     ("drafts", "accept_len"), [([7, 8, 9], 4), ([7, 8, 3], 3), ([7, 3, 9], 2), ([3, 8, 9], 1), ([3, 3, 3], 1)]
 )

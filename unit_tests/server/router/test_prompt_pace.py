@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -71,6 +72,58 @@ def test_where_launching_is_all_that_costs_a_chunk_is_as_long_as_it_may_be() -> 
     assert set(chunks) == {0, 512} and measured == pytest.approx(2.0, rel=0.1)
 
 
+def drive_jointly(
+    pace: PromptPace, per_token: float, seconds_of: Callable[[int], float], counts: list[tuple[int, int]], ahead: int
+) -> tuple[list[int], list[float]]:
+    """Steps of (decoding, waiting) requests in which chunks and decode passes, alone seconds_of(decoding) long, are one
+    pass: chunks, and the steps' times over that."""
+    steps: list[tuple[int, bool, int]] = []
+    for number in range(len(counts) + ahead):
+        if number < len(counts):
+            size = pace.budget(*counts[number], MOST)
+            pace.plan(size, True)
+            steps.append((size, pace.is_joint, counts[number][0]))
+        if number >= ahead:
+            size, is_joint, num_decoding = steps[number - ahead]
+            assert is_joint == (size > 0)
+            seconds = seconds_of(num_decoding)
+            if is_joint:
+                pace.collect_joint(size, seconds + per_token * size)
+            else:
+                pace.collect(0, 0.0, seconds)
+    return [size for size, *_ in steps], [1 + per_token * size / seconds_of(count) for size, _, count in steps]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize(("slowdown", "size"), [(1.5, 20), (2.0, 40), (3.0, 80)])
+def test_chunks_that_share_the_decode_pass_come_in_every_step_but_those_that_tell_what_it_takes_alone(
+    slowdown: float, size: int, ahead: int
+) -> None:
+    pace = PromptPace(slowdown, max_joint_tokens=100)
+    pace.collect(100, 0.16, None)
+    chunks, times = drive_jointly(pace, 0.001, lambda _: 0.04, [(8, 1)] * 400, ahead)
+    assert sum(times[200:]) / 200 == pytest.approx(slowdown, rel=0.05)
+    assert set(chunks[200:]) <= {0, size - 1, size, size + 1} and chunks[200:].count(0) in (5, 6, 7)
+
+
+def test_a_decode_pass_runs_alone_again_when_many_more_or_fewer_decode() -> None:
+    pace = PromptPace(2.0, max_joint_tokens=100)
+    pace.collect(100, 0.16, None)
+    counts = [(count, 1) for count in (4, 5, 7, 16, 13, 8) for _ in range(20)]
+    chunks, times = drive_jointly(pace, 0.001, lambda count: 0.02 + 0.002 * count, counts, ahead=0)
+    assert [chunks[20 * index] == 0 for index in range(6)] == [True, False, True, True, False, True]
+    assert all(sum(times[first + 5 : first + 20]) / 15 == pytest.approx(2, rel=0.1) for first in range(0, 120, 20))
+
+
+def test_a_chunk_too_long_to_share_a_pass_is_none_of_it() -> None:
+    pace = PromptPace(2.0, max_joint_tokens=100)
+    pace.plan(100, True)
+    assert pace.is_joint
+    for num_tokens, has_decode in ((101, True), (100, False), (0, True)):
+        pace.plan(num_tokens, has_decode)
+        assert not pace.is_joint
+
+
 def test_prompts_do_not_starve_where_nothing_may_be_slowed_down() -> None:
     chunks, measured = drive(PromptPace(1.0), 0.04, 0.002, 0.05, num_steps=4000)
     assert 1.0 < measured < 1.1 and any(chunks)
@@ -114,6 +167,8 @@ def test_a_clock_that_does_not_tick_stops_nobody() -> None:
         pace.plan(size, True)
         pace.collect(size, 0.0, 0.0)
         assert size > 0
+    chunks, _ = drive_jointly(PromptPace(2.0, max_joint_tokens=MOST), 0.0, lambda _: 1e-300, [(1, 1)] * 70, ahead=1)
+    assert chunks.count(0) <= 5
 
 
 def test_a_chunk_is_at_most_twice_as_long_as_the_one_before_however_many_come_to_wait() -> None:

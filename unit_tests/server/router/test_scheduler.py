@@ -328,6 +328,34 @@ def test_prompts_beside_decoding_requests_make_steps_take_about_twice_as_long_on
     assert {after - before for before, after in pairwise(places[4:])} == {2, 3}
 
 
+def test_chunks_short_enough_share_the_pass_of_those_that_decode_and_its_time() -> None:
+    """Of 30 ms for decoding alone and 1 ms per token: chunks of 30 tokens."""
+    scheduler = make_scheduler(stream_slowdown=2.0, chunked_prefill_size=512, num_pages=1000, max_joint_tokens=64)
+    short, long = (
+        Request.create(Generate(name, [7] * length, SamplingParams(max_tokens=200)), (EOS,), max_model_len=3300)
+        for name, length in (("short", 100), ("long", 2000))
+    )
+
+    def take_step() -> tuple[list[int], bool]:
+        """Prompt tokens of the next step's passes, and whether they are one."""
+        step = scheduler.schedule()
+        assert step is not None and step.is_joint == (len(step.batches) > 1)
+        sizes = [sum(counts(batch)) for batch in step.batches if not batch.is_verify]
+        seconds = 0.001 * sum(sizes) + 0.03 * any(batch.is_verify for batch in step.batches)
+        scheduler.collect(step, [replace(answer(batch, 1), seconds=seconds) for batch in step.batches])
+        return sizes, step.is_joint
+
+    scheduler.add(short)
+    assert take_step() == ([100], False), "nobody decodes yet"
+    scheduler.add(long)
+    steps = []
+    while not long.is_decoding:
+        steps.append(take_step())
+    assert steps[0] == ([], False), "what decoding takes alone is not known yet"
+    assert {sum(sizes) for sizes, is_joint in steps[1:-1] if is_joint} <= {29, 30}
+    assert 1 <= sum(not is_joint for _, is_joint in steps[1:]) <= 3
+
+
 @pytest.mark.parametrize(
     ("lengths", "most", "expected"),
     [([26], 64, [26]), ([30], 64, [20, 10]), ([47], 64, [20, 27]), ([26, 26], 64, [26]), ([26], 25, [20, 6])],
@@ -342,6 +370,13 @@ def test_what_is_less_than_a_chunk_and_a_half_is_computed_in_one(
         scheduler.add(make_request(f"{number}", length))
     sizes = [sum(counts(batch)) for _ in expected for batch in play(scheduler) if not batch.is_verify]
     assert sizes == expected
+
+
+def test_what_shares_a_pass_is_cut_where_the_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(chunked_prefill_size=64, num_pages=1000, max_joint_tokens=40)
+    monkeypatch.setattr(scheduler._pace, "budget", lambda _decoding, _waiting, _most: 20)
+    scheduler.add(make_request("a", 26))
+    assert [counts(play(scheduler)[0]) for _ in range(2)] == [[20], [6]]
 
 
 def test_chunks_follow_limits_that_are_replaced() -> None:
