@@ -53,11 +53,6 @@ struct Memory {
     int64_t num_rows, pages, page_size, conv_ring_len, ring_len, history_len;
 };
 
-template <typename F>
-std::unique_ptr<F[]> buffer(int64_t count) {
-    return std::unique_ptr<F[]>(new F[std::max<int64_t>(count, 1)]);
-}
-
 template <typename W, typename F>
 struct Decoder {
     const Team& team;
@@ -67,9 +62,9 @@ struct Decoder {
     const F* frequencies;
     const F eps;
     const int64_t N;
-    std::unique_ptr<F[]> x;  // [N, H], the residual stream
-    std::unique_ptr<F[]> normed, projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits;
-    std::unique_ptr<F[]> history;                    // [requests, taps - 1, C], inputs of one layer's convolution
+    Buffer<F> x;  // [N, H], the residual stream
+    Buffer<F> normed, projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits;
+    Buffer<F> history;                    // [requests, taps - 1, C], inputs of one layer's convolution
     std::vector<int64_t> request_of;                 // [N]
     std::vector<int64_t> chosen, slot_of, first_of;  // experts of each row [N, k]; their places; first place [E + 1]
     std::vector<F> shares;                           // [N, k]
@@ -81,12 +76,12 @@ struct Decoder {
         const int64_t mixed_size = std::max(n.heads * n.head_dim, value_size);
         const int64_t in_size = std::max(2 * (n.heads + n.kv_heads) * n.head_dim, 2 * (key_size + value_size + n.value_heads));
         const int64_t k = n.experts_per_token, width = std::max({n.intermediate, n.shared_size, k * n.expert_size});
-        x = buffer<F>(N * n.hidden), normed = buffer<F>(N * n.hidden), added = buffer<F>(N * n.hidden);
-        projected = buffer<F>(N * in_size), q = buffer<F>(N * n.heads * n.head_dim), mixed = buffer<F>(N * mixed_size);
-        wide = buffer<F>(N * 2 * width), narrow_rows = buffer<F>(N * width);
-        gathered = buffer<F>(N * k * n.hidden), expert_out = buffer<F>(N * k * n.hidden);
-        router_logits = buffer<F>(N * n.experts);
-        history = buffer<F>(batch.requests * (n.taps - 1) * (2 * key_size + value_size));
+        x = make_buffer<F>(N * n.hidden), normed = make_buffer<F>(N * n.hidden), added = make_buffer<F>(N * n.hidden);
+        projected = make_buffer<F>(N * in_size), q = make_buffer<F>(N * n.heads * n.head_dim), mixed = make_buffer<F>(N * mixed_size);
+        wide = make_buffer<F>(N * 2 * width), narrow_rows = make_buffer<F>(N * width);
+        gathered = make_buffer<F>(N * k * n.hidden), expert_out = make_buffer<F>(N * k * n.hidden);
+        router_logits = make_buffer<F>(N * n.experts);
+        history = make_buffer<F>(batch.requests * (n.taps - 1) * (2 * key_size + value_size));
         chosen.resize(N * k), slot_of.resize(N * k), shares.resize(N * k), first_of.resize(n.experts + 1);
         request_of.resize(N);
         for (int64_t b = 0; b < batch.requests; ++b)
@@ -97,7 +92,7 @@ struct Decoder {
         const int64_t H = n.hidden;
         for (int64_t r = 0; r < N; ++r) front.embedding.read(batch.token_ids[r], x.get() + r * H, H);
         if (front.fc.weights == nullptr) return;
-        const auto pairs = buffer<F>(N * 2 * H);
+        const auto pairs = make_buffer<F>(N * 2 * H);
         for (int64_t r = 0; r < N; ++r) {
             rms_norm_row(x.get() + r * H, front.embedding_norm, pairs.get() + r * 2 * H, H, eps);
             rms_norm_row(hidden + r * H, front.hidden_norm, pairs.get() + (2 * r + 1) * H, H, eps);
@@ -360,8 +355,8 @@ void propose(const Team& team, const Sizes& n, const Front<W, F>& front, const L
     const int64_t H = n.hidden;
     pass.store_keys(*layer);
     const int64_t tail_ids = chain.vocab - chain.tail;
-    const auto hidden = buffer<F>(batch.requests * H);
-    const auto logits = buffer<F>(batch.requests * chain.first_ids), tail_logits = buffer<F>(batch.requests * tail_ids);
+    const auto hidden = make_buffer<F>(batch.requests * H);
+    const auto logits = make_buffer<F>(batch.requests * chain.first_ids), tail_logits = make_buffer<F>(batch.requests * tail_ids);
     std::vector<int64_t> offsets(batch.requests + 1), positions(batch.requests), newest(batch.requests);
     std::iota(offsets.begin(), offsets.end(), 0);
     for (int64_t b = 0; b < batch.requests; ++b) positions[b] = batch.positions[chain.last[b]] - 1;

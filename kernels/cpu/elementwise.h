@@ -1,15 +1,30 @@
-// What is done to single numbers: conversions between served dtypes, and exponentials that a compiler can vectorise.
+// What is done to single numbers: conversions between served dtypes, and exponentials that a compiler can vectorise; and
+// memory to keep them in.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 namespace tandem {
 
 using bf16 = uint16_t;
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Memory for numbers that begins with a line of the processor's cache: a vector that lies in two lines is read twice.
+template <typename T>
+Buffer<T> make_buffer(int64_t count) {
+    return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
+}
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }

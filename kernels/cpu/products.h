@@ -116,9 +116,10 @@ void multiply_rows(const F* x, const W* weight, F* y, int64_t M, int64_t K, int6
 }
 
 #if defined(__AVX512BF16__)
-// The same for bfloat16 weights and rows, whose products the processor adds up in pairs.
-template <int ROWS, int COLS>
-void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int64_t N) {
+// The same for bfloat16 weights and rows, whose products the processor adds up in pairs; meanwhile AHEAD rows of weights
+// from `next` on are fetched.
+template <int ROWS, int COLS, int AHEAD>
+void multiply_pairs(const bf16* x, const bf16* weight, const bf16* next, float* y, int64_t K, int64_t N) {
     using V = Vector<float>::type;
     constexpr int L = 16, SUMS = (ROWS * COLS + L - 1) / L * L;
     V sums[SUMS] = {};
@@ -127,7 +128,7 @@ void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int6
         __m512bh w[COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) {
-            fetch_ahead<COLS>(weight + c * K + k, K);
+            if (c < AHEAD) __builtin_prefetch(next + c * K + k);
             w[c] = (__m512bh)_mm512_loadu_si512(weight + c * K + k);
         }
 #pragma GCC unroll 8
@@ -153,13 +154,26 @@ void multiply_pairs(const bf16* x, const bf16* weight, float* y, int64_t K, int6
     for (int r = 0; r < ROWS; ++r) std::memcpy(y + r * N, totals + r * COLS, COLS * sizeof(float));
 }
 
+template <int ROWS, int COLS>
+void multiply_pairs(const bf16* x, const bf16* weight, const bf16* next, float* y, int64_t K, int64_t N, int64_t ahead) {
+    if (ahead == COLS) return multiply_pairs<ROWS, COLS, COLS>(x, weight, weight + COLS * K, y, K, N);
+    if (ahead == 2) return multiply_pairs<ROWS, COLS, 2>(x, weight, next, y, K, N);
+    if (ahead == 1) return multiply_pairs<ROWS, COLS, 1>(x, weight, next, y, K, N);
+    multiply_pairs<ROWS, COLS, 0>(x, weight, next, y, K, N);
+}
+
+// Every four rows fetch their share of the tile after this one, see `fetch_ahead`.
 template <int COLS>
 void multiply_columns(const bf16* x, const bf16* weight, float* y, int64_t M, int64_t K, int64_t N) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) multiply_pairs<4, COLS>(x + m * K, weight, y + m * N, K, N);
-    if (M - m == 3) multiply_pairs<3, COLS>(x + m * K, weight, y + m * N, K, N);
-    if (M - m == 2) multiply_pairs<2, COLS>(x + m * K, weight, y + m * N, K, N);
-    if (M - m == 1) multiply_pairs<1, COLS>(x + m * K, weight, y + m * N, K, N);
+    const int64_t blocks = (M + 3) / 4, share = (COLS + blocks - 1) / blocks;
+    for (int64_t b = 0; b < blocks; ++b, x += 4 * K, y += 4 * N) {
+        const int64_t rows = M - 4 * b, done = b * share, ahead = COLS < 8 ? std::min(share, COLS - done) : 0;
+        const bf16* next = weight + (COLS + done) * K;
+        if (rows >= 4) multiply_pairs<4, COLS>(x, weight, next, y, K, N, ahead);
+        if (rows == 3) multiply_pairs<3, COLS>(x, weight, next, y, K, N, ahead);
+        if (rows == 2) multiply_pairs<2, COLS>(x, weight, next, y, K, N, ahead);
+        if (rows == 1) multiply_pairs<1, COLS>(x, weight, next, y, K, N, ahead);
+    }
 }
 #endif
 
@@ -184,10 +198,6 @@ template <typename X, typename W, typename F>
 void multiply_all(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
     if (M <= 2)
         multiply_tiles<8>(team, x, weight, y, M, K, N);
-#if defined(__AVX512F__)
-    else if (M <= 4)
-        multiply_tiles<6>(team, x, weight, y, M, K, N);
-#endif
     else
         multiply_tiles<4>(team, x, weight, y, M, K, N);
 }
@@ -201,10 +211,13 @@ void multiply(const Team& team, const F* x, const W* weight, F* y, int64_t M, in
 #if defined(__AVX512BF16__)
 // Rows are rounded to the weights' dtype, as torch keeps them.
 inline void multiply(const Team& team, const float* x, const bf16* weight, float* y, int64_t M, int64_t K, int64_t N) {
-    const std::unique_ptr<bf16[]> rows(new bf16[M * K]);
+    const Buffer<bf16> buffer = make_buffer<bf16>(M * K);
+    bf16* rows = buffer.get();
+    team.each(M, [=](int64_t m) {
 #pragma omp simd
-    for (int64_t i = 0; i < M * K; ++i) narrow(x[i], rows[i]);
-    multiply_all(team, static_cast<const bf16*>(rows.get()), weight, y, M, K, N);
+        for (int64_t i = 0; i < K; ++i) narrow(x[m * K + i], rows[m * K + i]);
+    });
+    multiply_all(team, static_cast<const bf16*>(rows), weight, y, M, K, N);
 }
 #endif
 

@@ -16,9 +16,7 @@ from models.layers.norm import RMSNorm
 
 _MAX_ROWS_PER_REQUEST = 16
 # Multiplications per layer up to which known rows are faster this way than through torch's matrix products.
-_MAX_PRODUCTS = 2**30
-# The same where they run with the rows of a decode step, in one pass over the weights instead of two.
-_MAX_JOINT_PRODUCTS = 2**31
+_MAX_PRODUCTS = 2**31
 _JOINED = ("row_ids", "start_lens", "accept_lens", "is_known", "positions")
 
 KernelFront = Callable[[], dict[str, Weight]]
@@ -49,8 +47,8 @@ class CpuDecoder:
 
     @property
     def max_joint_tokens(self) -> int:
-        """Up to how many known tokens `run_jointly` is faster with than two passes; 0: it may not be called."""
-        return _MAX_JOINT_PRODUCTS // self._packed().num_products if self._is_served else 0
+        """Up to how many known tokens `run_jointly` is faster with than two passes are; 0: it may not be called."""
+        return _MAX_PRODUCTS // self._packed().num_products if self._is_served else 0
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""
