@@ -203,9 +203,9 @@ class Engine:
     @torch.inference_mode()
     def _run(self, step: Step) -> list[PassResult]:
         """On the device: cache operations and passes in their order."""
-        with self.trace.span("step", "device", passes=len(step.batches)):
+        passes = [step.batches] if step.is_joint else [[batch] for batch in step.batches]
+        with self.trace.span("step", "device", passes=len(passes)):
             self.runner.mover.run(step.before)
-            passes = [step.batches] if step.is_joint else [[batch] for batch in step.batches]
             results = [result for batches in passes for result in self._run_pass(batches)]
             self.runner.mover.run(step.after)
             return results
@@ -217,7 +217,7 @@ class Engine:
             update_table(batch, runner.table)
         is_eager = first.has_matchers or first.wants_processed
         if first.is_verify and runner.decode is not None and not is_eager:
-            with self.trace.span("decode", "device", rows=sum(work.num_tokens for work in first.works)):
+            with self.trace.span("decode", "device", rows=first.num_tokens):
                 return [self._result(runner.decode.run(first), first, watch)]
         forwards = [build_forward_batch(batch, runner.table) for batch in batches]
         token_ids = [forward.token_ids for forward in forwards]

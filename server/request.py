@@ -210,6 +210,11 @@ class Batch:
         return all(work.is_idle for work in self.works)
 
     @property
+    def num_tokens(self) -> int:
+        """Of all requests."""
+        return sum(work.num_tokens for work in self.works)
+
+    @property
     def decode_shape(self) -> tuple[list[int], list[int], int, int]:
         """Of a verify: rows and widths of its requests, the widest, and the most drafts that one wants."""
         widths = [work.num_tokens for work in self.works]
@@ -258,8 +263,8 @@ class Step:
 class Outcome:
     """What a pass gave: the target's tokens per request, of which the first accept_lens count (0 inside a prompt);
     match_lens: as many would, if the request did not end there. The log-probabilities that were asked for, which
-    requests' logits were all finite, the seconds it took, and the log-probabilities of prompt tokens (of no request,
-    where none of them asked)."""
+    requests' logits were all finite, the seconds it took (of a joint step: that both passes took), and the
+    log-probabilities of prompt tokens (of no request, where none of them asked)."""
 
     token_ids: list[list[int]]
     accept_lens: list[int]

@@ -19,29 +19,59 @@ struct AttentionSizes {
     int64_t heads, kv_heads, dim, pages, page_size, table_width;
 };
 
-// out [rows, D] += p · v for one position, for the rows that may see it.
-template <typename C, typename F>
-void add_value(const C* value, const F* probability, int64_t stride, const int64_t* lengths, int64_t position,
-               int64_t rows, int64_t dim, F* out) {
-    for (int64_t r = 0; r < rows; ++r) {
-        if (position >= lengths[r]) continue;
-        const F p = probability[r * stride];
-        F* target = out + r * dim;
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) target[i] += p * widen(value[i]);
+// COUNT vectors of each row of out [ROWS, dim] += p · v for `count` positions, whose values lie `token` apart and whose
+// probabilities [ROWS, stride].
+template <int ROWS, int COUNT, typename C, typename F>
+void add_vectors(const C* value, int64_t token, int64_t count, const F* p, int64_t stride, int64_t dim, F* out) {
+    using V = typename Vector<F>::type;
+    constexpr int64_t L = Vector<F>::lanes;
+    V sums[ROWS][COUNT];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < COUNT; ++c) sums[r][c] = load(out + r * dim + c * L);
+    for (int64_t j = 0; j < count; ++j) {
+        V v[COUNT];
+#pragma GCC unroll 4
+        for (int c = 0; c < COUNT; ++c) v[c] = load(value + j * token + c * L);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < COUNT; ++c) sums[r][c] += p[r * stride + j] * v[c];
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < COUNT; ++c) std::memcpy(out + r * dim + c * L, &sums[r][c], sizeof(V));
+}
+
+// The same for whole rows: a column is summed position after position, whatever the other rows are.
+template <int ROWS, typename C, typename F>
+void add_values(const C* value, int64_t token, int64_t count, const F* p, int64_t stride, int64_t dim, F* out) {
+    constexpr int64_t L = Vector<F>::lanes;
+    int64_t i = 0;
+    for (; i + 4 * L <= dim; i += 4 * L) add_vectors<ROWS, 4>(value + i, token, count, p, stride, dim, out + i);
+    for (; i + L <= dim; i += L) add_vectors<ROWS, 1>(value + i, token, count, p, stride, dim, out + i);
+    for (int r = 0; r < ROWS; ++r)
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t k = i; k < dim; ++k) out[r * dim + k] += p[r * stride + j] * widen(value[j * token + k]);
 }
 
 template <typename F>
 void softmax(F* scores, int64_t length) {
-    F best = scores[0];
+    constexpr int64_t L = Vector<F>::lanes;
+    F best = scores[0], sum = 0;
+#pragma omp simd reduction(max : best)
     for (int64_t i = 1; i < length; ++i) best = std::max(best, scores[i]);
-    F sum = 0;
-    for (int64_t i = 0; i < length; ++i) {
-        scores[i] = exponential(scores[i] - best);
-        sum += scores[i];
-    }
-    for (int64_t i = 0; i < length; ++i) scores[i] /= sum;
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) scores[i] = exponential(scores[i] - best);
+    typename Vector<F>::type sums = {};
+    int64_t i = 0;
+    for (; i + L <= length; i += L) sums += load(scores + i);
+    for (int64_t lane = 0; lane < L; ++lane) sum += sums[lane];
+    for (; i < length; ++i) sum += scores[i];
+#pragma omp simd
+    for (int64_t k = 0; k < length; ++k) scores[k] /= sum;
 }
 
 // Tokens first..first+tokens of the queries, those of request b, for one key-value head. q and out [N, heads, dim];
@@ -65,17 +95,41 @@ void attend_head(const AttentionSizes& n, const F* q, const C* kv, const int64_t
     const F scale = F(1) / std::sqrt(F(D));
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < D; ++i) packed[r * D + i] = q[place(r) + i] * scale;
+    const auto page_at = [&](const C* base, int64_t start) {
+        return base + table[b * n.table_width + start / n.page_size] * n.page_size * token;
+    };
     for (int64_t start = 0; start < longest; start += n.page_size) {
         const int64_t count = std::min(n.page_size, longest - start);
-        const C* page = keys + table[b * n.table_width + start / n.page_size] * n.page_size * token;
-        int64_t j = 0;
-        for (; j + 4 <= count; j += 4) multiply_rows<4>(packed, page + j * token, scores + start + j, rows, D, token, longest);
-        for (; j < count; ++j) multiply_rows<1>(packed, page + j * token, scores + start + j, rows, D, token, longest);
+        const C* page = page_at(keys, start);
+        for (int64_t r = 0; r < rows; r += 4) {
+            const int64_t few = std::min<int64_t>(4, rows - r);
+            F* out_scores = scores + r * longest + start;
+            int64_t j = 0;
+            for (; j + 4 <= count; j += 4)
+                multiply_rows<4>(packed + r * D, page + j * token, out_scores + j, few, D, token, longest);
+            for (; j < count; ++j)
+                multiply_rows<1>(packed + r * D, page + j * token, out_scores + j, few, D, token, longest);
+        }
     }
     for (int64_t r = 0; r < rows; ++r) softmax(scores + r * longest, lengths[r]);
-    for (int64_t j = 0; j < longest; ++j) {
-        const C* page = values + table[b * n.table_width + j / n.page_size] * n.page_size * token;
-        add_value(page + j % n.page_size * token, scores + j, longest, lengths.data(), j, rows, D, sums);
+    for (int64_t start = 0; start < longest; start += n.page_size) {
+        const C* page = page_at(values, start);
+        if (start + n.page_size < longest) {
+            const C* next = page_at(values, start + n.page_size);  // read some columns at a time, which nobody sees coming
+            for (int64_t j = 0; j < n.page_size; ++j)
+                for (int64_t i = 0; i < D; i += 64 / sizeof(C)) __builtin_prefetch(next + j * token + i);
+        }
+        for (int64_t r = 0; r < rows;) {
+            // Those of one token see as much as each other.
+            const int64_t left = group - r % group, count = std::min(n.page_size, lengths[r] - start);
+            const F* p = scores + r * longest + start;
+            if (left >= 4)
+                add_values<4>(page, token, count, p, longest, D, sums + r * D), r += 4;
+            else if (left >= 2)
+                add_values<2>(page, token, count, p, longest, D, sums + r * D), r += 2;
+            else
+                add_values<1>(page, token, count, p, longest, D, sums + r * D), r += 1;
+        }
     }
     for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * D, D, out + place(r));
     if (scratch.size() > MAX_KEPT) std::vector<F>().swap(scratch);

@@ -53,6 +53,12 @@ struct Memory {
     int64_t num_rows, pages, page_size, conv_ring_len, ring_len, history_len;
 };
 
+// Neighbouring tokens of one request, few enough that a prompt is work for more threads than there are key-value heads.
+struct Piece {
+    int64_t request, first, tokens;
+};
+constexpr int64_t PIECE_TOKENS = 16;
+
 template <typename W, typename F>
 struct Decoder {
     const Team& team;
@@ -66,6 +72,7 @@ struct Decoder {
     Buffer<F> normed, projected, q, mixed, added, wide, narrow_rows, gathered, expert_out, router_logits;
     Buffer<F> history;                    // [requests, taps - 1, C], inputs of one layer's convolution
     std::vector<int64_t> request_of;                 // [N]
+    std::vector<Piece> pieces;
     std::vector<int64_t> chosen, slot_of, first_of;  // experts of each row [N, k]; their places; first place [E + 1]
     std::vector<F> shares;                           // [N, k]
 
@@ -84,8 +91,12 @@ struct Decoder {
         history = make_buffer<F>(batch.requests * (n.taps - 1) * (2 * key_size + value_size));
         chosen.resize(N * k), slot_of.resize(N * k), shares.resize(N * k), first_of.resize(n.experts + 1);
         request_of.resize(N);
-        for (int64_t b = 0; b < batch.requests; ++b)
-            std::fill(request_of.begin() + batch.offsets[b], request_of.begin() + batch.offsets[b + 1], b);
+        for (int64_t b = 0; b < batch.requests; ++b) {
+            const int64_t end = batch.offsets[b + 1];
+            std::fill(request_of.begin() + batch.offsets[b], request_of.begin() + end, b);
+            for (int64_t first = batch.offsets[b]; first < end; first += PIECE_TOKENS)
+                pieces.push_back({b, first, std::min(PIECE_TOKENS, end - first)});
+        }
     }
 
     void enter(const Front<W, F>& front, const F* hidden) {
@@ -179,10 +190,10 @@ struct Decoder {
                 store_head(layer, kv, row + 2 * n.heads * D, r, head - n.heads);
         });
         const AttentionSizes sizes{n.heads, n.kv_heads, D, memory.pages, memory.page_size, batch.table_width};
-        team.each(batch.requests * n.kv_heads, [&](int64_t task) {
-            const int64_t b = task / n.kv_heads, first = batch.offsets[b], tokens = batch.offsets[b + 1] - first;
-            attend_head(sizes, q.get(), kv, batch.page_table, batch.positions, b, first, tokens, task % n.kv_heads,
-                        mixed.get());
+        team.each(pieces.size() * n.kv_heads, [&](int64_t task) {
+            const Piece& piece = pieces[task / n.kv_heads];
+            attend_head(sizes, q.get(), kv, batch.page_table, batch.positions, piece.request, piece.first, piece.tokens,
+                        task % n.kv_heads, mixed.get());
         });
         const int64_t size = n.heads * D;
         team.each(N * n.heads, [&](int64_t task) {

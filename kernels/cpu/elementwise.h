@@ -1,5 +1,5 @@
-// What is done to single numbers: conversions between served dtypes, and exponentials that a compiler can vectorise; and
-// memory to keep them in.
+// What is done to single numbers: conversions between served dtypes, and exponentials that a compiler can vectorise.
+// And memory to keep them in.
 
 #pragma once
 

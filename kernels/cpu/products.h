@@ -196,6 +196,7 @@ void multiply_tiles(const Team& team, const X* x, const W* weight, F* y, int64_t
 // Few rows wait for memory, which is the faster the more places it is read at; more rows need the registers.
 template <typename X, typename W, typename F>
 void multiply_all(const Team& team, const X* x, const W* weight, F* y, int64_t M, int64_t K, int64_t N) {
+    if (M == 0) return;
     if (M <= 2)
         multiply_tiles<8>(team, x, weight, y, M, K, N);
     else

@@ -29,8 +29,9 @@ class Sampled:
     one means nothing), accept_lens [B] of them count, 0 inside a prompt.
 
     match_lens [B] are the same before they are cut at the request's end. next_ids [N] are the tokens again, row by row:
-    request i has widths[i] rows (after prefill one). `logits` [N, V] are the raw ones, and is_finite [B] says that all
-    of a request's are numbers. `ruled` [N, V] are those after masks and rules, None where they were never written.
+    request i has widths[i] rows (after prefill one, or none where no chunk ends a prompt). `logits` [N, V] are the raw
+    ones, and is_finite [B] says that all of a request's are numbers. `ruled` [N, V] are those after masks and rules,
+    None where they were never written.
     """
 
     token_ids: Tensor
@@ -54,7 +55,8 @@ class Sampler:
         `masks` apply before all other rules. Where no chunk ends a prompt nothing is drawn, and logits are not read."""
         if not batch.is_verify and not batch.ends_any_prompt:
             nothing = torch.zeros(len(batch.works), dtype=torch.int64, device=forward.token_ids.device)
-            return Sampled(nothing[:, None], nothing, nothing, nothing, logits, nothing == 0, [0] * len(batch.works))
+            widths = [0] * len(batch.works)
+            return Sampled(nothing[:, None], nothing, nothing, nothing[:0], logits, nothing == 0, widths)
         masked = logits if masks is None else masks.apply(logits)
         if batch.is_verify:
             return self._sample_windows(logits, masked, forward, batch)

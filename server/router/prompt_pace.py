@@ -5,8 +5,8 @@ chunk in every step, small enough for the decoding requests, would be spent on F
 --stream-slowdown allows per step, or takes _FIXED_PARTS · F where that is longer, and then comes in fewer steps: on
 average decoding requests are slowed down as asked for.
 
-Where a chunk is short enough to share the decode pass there is no F: every step has one, and what it costs is what the
-step took more than a decode pass alone does, which now and then runs alone to tell.
+Where chunks of up to max_joint_tokens share the decode pass there is no F: there may be one in every step, and what it
+costs is what the step took more than such decode passes do alone. Now and then one runs alone to tell.
 
 While more requests wait for their first token than decode, prompts get as much more: a second spent on them costs each
 that decodes a second, and brings each that waits its first token so much sooner. For that no chunk is longer than
@@ -14,6 +14,7 @@ _MOST_PASSES decode passes.
 """
 
 import math
+from collections.abc import Sequence
 
 MIN_CHUNK = 16
 # Of three fixed parts one is lost; longer chunks are gaps in the streams that decode.
@@ -27,10 +28,13 @@ _LONGEST = 2**20
 _MOST_WAITS = 64
 # What a pass tells counts less with every later one, but a line through a few noisy ones would say anything.
 _MEMORY = 0.99
-# Steps in a row that share a pass, at most, and how many more or fewer may decode than when a decode pass ran alone:
-# after that one does again.
-_MOST_JOINT_STEPS = 32
-_SIMILAR = 0.25
+# Steps in a row that share a pass, at most: so many for every decode pass that was seen alone, and no more than most.
+_JOINT_STEPS, _MOST_JOINT_STEPS = 2, 32
+# What tokens take in passes of their own counts as much as so many passes that were shared; a token adds no less to these
+# than a part of that: where less is seen, decode passes take less than they did alone.
+_FIRST_PASSES, _LEAST_COST = 4, 0.25
+# Chunks wanted that much longer than what may share a pass have one of their own.
+_LONGER = 1.5
 # Relative variance of the passes' lengths above which their times tell F and c apart.
 _TELLING_VARIANCE = 0.02
 
@@ -41,110 +45,124 @@ class PromptPace:
     def __init__(self, slowdown: float, max_joint_tokens: int = 0):
         self._max_joint_tokens = max_joint_tokens
         self.is_joint = False  # the newest chunk shares the decode pass
-        # Who decodes now and did when a decode pass last ran alone, and steps that shared a pass since.
-        self._num_decoding = self._num_alone = self._num_joint = 0
-        self._has_decoded = False
+        self._num_joint = 0  # steps that did so since a decode pass ran alone
         self._least_share = self._share = max(slowdown - 1, _LEAST_SHARE)
         self._chunk = self._last_chunk = math.inf
-        self._costs = PassCosts()
-        self._decode_seconds = 0.0
+        self._prefills, self._joints, self._decodes = PassCosts(), PassCosts(), PassCosts()
+        self._decode_seconds = 0.0  # of the step that is planned
         # Seconds of prefill that decode passes have not made up for yet, of passes that are known and planned ones.
         self._owed, self._expected = 0.0, 0.0
         self._num_planned = 0
 
-    def budget(self, num_decoding: int, num_waiting: int, most: int) -> int:
-        """Prompt tokens that the next step may compute, no more than `most`, where so many requests decode and so many
-        wait for their first token."""
-        if not num_decoding or math.isinf(self._least_share):
+    def budget(self, widths: Sequence[int], num_waiting: int, most: int) -> int:
+        """Prompt tokens that the next step may compute, no more than `most`, where requests decode that run so many
+        tokens each, and so many wait for their first token."""
+        if self._max_joint_tokens and self._num_joint >= min(_MOST_JOINT_STEPS, _JOINT_STEPS * self._decodes.weight):
+            return 0 if widths else most
+        if not widths or math.isinf(self._least_share):
             return most
-        self._num_decoding = num_decoding
-        if self._max_joint_tokens and not self._knows_decoding():
-            return 0
-        self._share = self._least_share * max(1.0, num_waiting / num_decoding)
+        self._share = self._least_share * max(1.0, num_waiting / len(widths))
+        self._decode_seconds = self._decodes.at(sum(widths))
         due = self._owed + self._expected - self._num_planned * self._share * self._decode_seconds
         self._chunk = self._size_chunk()
-        return 0 if due > 1e-9 else int(min(self._chunk, most))
+        return 0 if due > 1e-9 else int(min(self._chunk, most) + 1e-6)
 
     def plan(self, num_tokens: int, has_decode: bool) -> None:
         """The next step computes num_tokens of prompts."""
         self.is_joint = has_decode and 0 < num_tokens <= self._max_joint_tokens
-        self._num_joint = self._num_joint + 1 if self.is_joint else 0
-        if has_decode and not self.is_joint:
-            self._num_alone = self._num_decoding
         if not has_decode:
             self._owed, self._expected, self._num_planned = 0.0, 0.0, 0
             return
+        self._num_joint = self._num_joint + 1 if self.is_joint else 0
         self._num_planned += 1
         if num_tokens:
             self._last_chunk = self._chunk
-            self._expected = self._costs.seconds(num_tokens)
+            self._expected = (self._joints if self.is_joint else self._prefills).seconds(num_tokens)
 
-    def collect(self, num_tokens: int, prefill_seconds: float, decode_seconds: float | None) -> None:
-        """What a step took: seconds of its passes, None without a decode pass."""
+    def collect(self, num_tokens: int, prefill_seconds: float, num_rows: int, decode_seconds: float) -> None:
+        """What a step took whose passes ran one after the other: one over prompts, one over the rows that decode; 0 of
+        what it had none."""
         if num_tokens:
-            self._costs.record(num_tokens, prefill_seconds)
-        if decode_seconds is None or math.isinf(self._share):
+            self._prefills.record(num_tokens, prefill_seconds)
+        if num_rows:
+            self._decodes.record(num_rows, decode_seconds)
+            self._settle(num_tokens, prefill_seconds, decode_seconds)
+
+    def collect_joint(self, num_tokens: int, num_rows: int, seconds: float) -> float:
+        """What a step took in which both shared a pass; gives the seconds of it that are due to the rows that
+        decode."""
+        decode_seconds = self._decodes.at(num_rows)
+        self._joints.record(num_tokens, seconds - decode_seconds)
+        self._settle(num_tokens, seconds - decode_seconds, decode_seconds)
+        return max(0.0, seconds - self._joints.seconds(num_tokens))
+
+    def _settle(self, num_tokens: int, prefill_seconds: float, decode_seconds: float) -> None:
+        if math.isinf(self._share):
             return
-        self._has_decoded, self._decode_seconds = True, decode_seconds
         self._num_planned = max(0, self._num_planned - 1)
         allowance = self._share * decode_seconds
         self._owed = max(-allowance, min(self._owed + prefill_seconds - allowance, _MOST_WAITS * allowance))
         if num_tokens:
             self._expected = 0.0
 
-    def collect_joint(self, num_tokens: int, seconds: float) -> None:
-        """What a step took in which both shared a pass."""
-        self.collect(num_tokens, max(0.0, seconds - self._decode_seconds), self._decode_seconds)
-
-    def _knows_decoding(self) -> bool:
-        """What a decode pass of about so many requests takes alone was measured not long ago, or soon will be."""
-        is_similar = abs(self._num_decoding - self._num_alone) <= _SIMILAR * self._num_alone
-        return self._has_decoded and is_similar and self._num_joint < _MOST_JOINT_STEPS
-
     def _size_chunk(self) -> float:
         """Tokens of a chunk; without a limit while nothing is known."""
         decode_seconds = self._decode_seconds
-        if not decode_seconds or not self._costs.has_any:
+        if not decode_seconds or not (self._prefills.weight or self._joints.weight):
             return math.inf
-        shares = 0 < self._last_chunk <= self._max_joint_tokens
-        fixed, per_token = (0.0, self._costs.seconds(1)) if shares else self._costs.split(decode_seconds)
         longest = max(_MOST_PASSES, self._least_share) * decode_seconds
-        seconds = max(min(self._share * decode_seconds, longest), _FIXED_PARTS * fixed)
-        wanted = (seconds - fixed) / max(per_token, 1e-12)
+        seconds = min(self._share * decode_seconds, longest)
+        if self._max_joint_tokens:
+            per_token = self._joint_cost()
+            if seconds <= _LONGER * self._max_joint_tokens * per_token:
+                return self._bound(min(seconds / per_token, self._max_joint_tokens))
+        fixed, per_token = self._prefills.split(decode_seconds)
+        return self._bound((max(seconds, _FIXED_PARTS * fixed) - fixed) / max(per_token, 1e-12))
+
+    def _joint_cost(self) -> float:
+        """Seconds that a token adds to a decode pass."""
+        alone, shared = self._prefills.seconds(1), self._joints.seconds(1)
+        mean = (_FIRST_PASSES * alone + self._joints.weight * shared) / (_FIRST_PASSES + self._joints.weight)
+        return max(mean, _LEAST_COST * alone, 1e-12)
+
+    def _bound(self, wanted: float) -> float:
         return max(MIN_CHUNK, min(wanted, 2 * self._last_chunk, _LONGEST))
 
 
 class PassCosts:
-    """Seconds of prefill passes by their lengths: weighted sums for a straight line through them."""
+    """Seconds of passes by their lengths: weighted sums for a straight line through them. `weight`: how many passes
+    that is."""
 
     def __init__(self) -> None:
-        self._weight = self._n = self._s = self._nn = self._ns = 0.0
+        self.weight = self._n = self._s = self._nn = self._ns = 0.0
         self._fixed: float | None = None
 
-    @property
-    def has_any(self) -> bool:
-        """Some pass was recorded."""
-        return self._weight > 0
-
-    def record(self, num_tokens: int, seconds: float) -> None:
+    def record(self, length: int, seconds: float) -> None:
         """One pass."""
-        values = (1.0, num_tokens, seconds, num_tokens**2, num_tokens * seconds)
-        sums = (self._weight, self._n, self._s, self._nn, self._ns)
-        self._weight, self._n, self._s, self._nn, self._ns = (
+        values = (1.0, length, seconds, length**2, length * seconds)
+        sums = (self.weight, self._n, self._s, self._nn, self._ns)
+        self.weight, self._n, self._s, self._nn, self._ns = (
             _MEMORY * total + value for total, value in zip(sums, values, strict=True)
         )
 
-    def seconds(self, num_tokens: int) -> float:
-        """About what a pass over so many takes: as many for each as on average."""
-        return num_tokens * self._s / self._n if self._n else 0.0
+    def seconds(self, length: int) -> float:
+        """About what a pass of that length takes: as many for each token as on average."""
+        return length * self._s / self._n if self._n else 0.0
 
-    def split(self, decode_seconds: float) -> tuple[float, float]:
-        """F and c. Passes of one length do not tell them apart: F is then what it was, or at first that of a decode
-        pass, which reads the same weights."""
-        length, mean = self._n / self._weight, self._s / self._weight
-        variance = self._nn / self._weight - length**2
+    def at(self, length: int) -> float:
+        """The same by the line; the average where passes of one length tell none."""
+        if not self.weight:
+            return 0.0
+        fixed, per_token = self.split(math.inf)
+        return fixed + per_token * length
+
+    def split(self, most_fixed: float) -> tuple[float, float]:
+        """F and c. Passes of one length do not tell them apart: F is then what it was, or at first most_fixed, which
+        may be what a decode pass takes, for it reads the same weights."""
+        length, mean = self._n / self.weight, self._s / self.weight
+        variance = self._nn / self.weight - length**2
         if variance > _TELLING_VARIANCE * length**2:
-            per_token = (self._ns / self._weight - length * mean) / variance
+            per_token = (self._ns / self.weight - length * mean) / variance
             self._fixed = mean - min(max(0.0, per_token), mean / length) * length
-        fixed = min(mean, decode_seconds if self._fixed is None else self._fixed)
+        fixed = min(mean, most_fixed if self._fixed is None else self._fixed)
         return fixed, (mean - fixed) / length

@@ -1,9 +1,9 @@
 """What runs next: chunked prefill, verify steps and their drafts, and the books of both. Policy on the host, no torch.
 
-One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt), and
-where chunks are short enough for it both are one pass. A step
-is planned before the results of the last one are known: lengths are upper bounds, a request whose end the host has not
-heard of runs once more for nothing, and what a request leaves behind is carried out in the order of planning.
+One step may hold a prefill pass (chunks of several prompts) and a decode pass (every request past its prompt), which
+are one pass where the chunks are short enough for it. A step is planned before the results of the last one are known:
+lengths are upper bounds, a request whose end the host has not heard of runs once more for nothing, and what a request
+leaves behind is carried out in the order of planning.
 """
 
 import bisect
@@ -91,20 +91,19 @@ class Scheduler(Admission):
     def _learn_times(self, step: Step, outcomes: list[Outcome]) -> None:
         """What planner and pace need to know of a step."""
         since, self._collected_at = self._collected_at, self.clock()
+        lengths, seconds = {False: 0, True: 0}, {False: 0.0, True: 0.0}  # of the prompts' pass, and of the verify
+        for batch, outcome in zip(step.batches, outcomes, strict=True):
+            lengths[batch.is_verify], seconds[batch.is_verify] = batch.num_tokens, outcome.seconds
         if step.is_joint:
-            self._pace.collect_joint(sum(work.num_tokens for work in step.batches[0].works), outcomes[-1].seconds)
-            return
-        prefill_len, prefill_seconds, decode_seconds = 0, 0.0, None
+            seconds[True] = self._pace.collect_joint(lengths[False], lengths[True], seconds[True])
+        else:
+            self._pace.collect(lengths[False], seconds[False], lengths[True], seconds[True])
         for batch, outcome in zip(step.batches, outcomes, strict=True):
             if batch.is_verify:
-                decode_seconds = outcome.seconds
                 num_tokens, is_typical = sum(outcome.accept_lens), not batch.catches_up
-                self.planner.record_step(*batch.widths_and_depths, num_tokens, outcome.seconds, is_typical)
+                self.planner.record_step(*batch.widths_and_depths, num_tokens, seconds[True], is_typical)
                 if len(step.batches) == 1 and any(work.request.num_steps for work in batch.works):
                     self.planner.record_overhead(self._collected_at - since - outcome.seconds)
-            else:
-                prefill_len, prefill_seconds = sum(work.num_tokens for work in batch.works), outcome.seconds
-        self._pace.collect(prefill_len, prefill_seconds, decode_seconds)
 
     # What a pass gave.
 
@@ -191,7 +190,7 @@ class Scheduler(Admission):
         """A prefill and a verify. The depths of all that have a next step are chosen together."""
         decoding = [request for request in self.running if request.is_decoding and not request.surely_ends]
         decoding.sort(key=lambda request: -request.num_drafts)  # equal widths side by side
-        chunks = self._cut_chunks(len(decoding))
+        chunks = self._cut_chunks([1 + request.num_drafts for request in decoding])
         ending = [request for request, end in chunks if end == request.num_known]
         depths = dict(zip([*decoding, *ending], self._plan_depths([*decoding, *ending]), strict=True))
         verify = [self._verify_work(request, depths[request]) for request in decoding]
@@ -217,21 +216,21 @@ class Scheduler(Admission):
         request.widths_in_flight.append(width)
         return work
 
-    def _cut_chunks(self, num_decoding: int) -> list[tuple[Request, int]]:
-        """Who computes known tokens in this step, and up to where."""
+    def _cut_chunks(self, widths: list[int]) -> list[tuple[Request, int]]:
+        """Who computes known tokens in this step, and up to where, beside requests that decode so many tokens each."""
         waiting = [request for request in self.running if not request.is_decoding]
         room = self.limits.chunked_prefill_size
-        budget = self._pace.budget(num_decoding, len(waiting), room)
+        budget = self._pace.budget(widths, len(waiting), room)
         chunks = []
         for request in waiting:
             if budget > 0:
                 start, rest = request.num_computed, request.num_known - request.num_computed
-                is_short = rest < 1.5 * budget and rest <= room and rest > self.limits.max_joint_tokens
-                size = rest if is_short else budget  # a short rest is not worth a pass
+                is_short = rest < 1.5 * budget and rest <= room and budget > self.limits.max_joint_tokens
+                size = rest if is_short else budget  # a short rest is not worth a pass of its own
                 end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))
                 budget, room = budget - (end - start), room - (end - start)
-        self._pace.plan(sum(end - request.num_computed for request, end in chunks), num_decoding > 0)
+        self._pace.plan(sum(end - request.num_computed for request, end in chunks), len(widths) > 0)
         return chunks
 
     def _prefill_work(self, request: Request, end: int, depth: int) -> Work:

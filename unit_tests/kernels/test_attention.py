@@ -77,6 +77,24 @@ def test_a_token_attends_alike_in_any_company(dtype):
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (2, 24), (3, 100), (5, 16), (8, 256)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_any_number_of_query_heads_and_columns_equals_the_law_and_has_the_same_bits_alone(group, dim, dtype):
+    """Whole vectors and what is left of a row; blocks of four heads and of fewer; pages that end inside."""
+    generator = torch.Generator().manual_seed(group)
+    kv = torch.randn(2, 30, PAGE_SIZE, 2, dim, generator=generator, dtype=torch.float64).to(dtype)
+    q = torch.randn(2 * 7, 2 * group, dim, generator=generator, dtype=torch.float64).to(dtype)
+    table = torch.randperm(30, generator=generator).view(2, 15)
+    positions = torch.stack([torch.arange(end - 7, end) for end in (9, 58)])
+    out = paged_attention(q, kv, table, positions)
+    law = paged_attention_torch(q.double(), kv.double(), table, positions)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out.double(), law, rtol=tolerance, atol=tolerance)
+    for i in range(14):
+        alone = paged_attention(q[i : i + 1], kv, table[i // 7 : i // 7 + 1], positions[i // 7, i % 7].view(1, 1))
+        assert torch.equal(alone[0], out[i])
+
+
 def test_later_positions_are_not_seen():
     """Slots of rejected tokens lie after the query's position and change nothing."""
     kv, table = make_cache([12])

@@ -43,7 +43,8 @@ def test_leading_dimensions_and_strides_are_kept() -> None:
     x = draw(3, 2, 40, dtype=torch.float32)[..., ::2]
     weight = draw(6, 20, dtype=torch.float32)
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
-    assert linear(x[:0], weight).shape == (0, 2, 6)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert linear(x[:0].to(dtype), weight.to(dtype)).shape == (0, 2, 6)
 
 
 def test_gradients_flow_where_they_are_wanted() -> None:

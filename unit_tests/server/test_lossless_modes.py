@@ -87,8 +87,8 @@ def test_prompts_that_wait_for_decoding_requests_change_nothing(
     """Chunks of any length in some of the steps; whether there is one is up to chance instead of the clock."""
     budgets, rng = [], random.Random(mtp_step)
 
-    def draw_budget(_: PromptPace, num_decoding: int, _waiting: int, most: int) -> int:
-        budgets.append(rng.choice([0, 0, 1, 7, most]) if num_decoding else most)
+    def draw_budget(_: PromptPace, widths: list[int], _waiting: int, most: int) -> int:
+        budgets.append(rng.choice([0, 0, 1, 7, most]) if widths else most)
         return budgets[-1]
 
     monkeypatch.setattr(PromptPace, "budget", draw_budget)

@@ -16,6 +16,7 @@ from models.cache import History
 from models.layers import cpu_decoder
 from models.qwen3_5.model import Qwen35
 from models.qwen3_5_mtp.model import Qwen35MTP
+from unit_tests import checkpoints
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.models.cached_run import CachedRun
 from unit_tests.models.loading import load_ours
@@ -27,10 +28,14 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4}
 Models = tuple[Qwen35, Qwen35MTP]
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["dense", "moe", "wide"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`wide`: states whose rows are several vectors, and a rest."""
     path = tmp_path_factory.mktemp(request.param)
-    return make_checkpoint(path, moe=request.param == "moe", num_layers=4, dtype="float64")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "wide":
+            patch.setattr(checkpoints, "DELTA_VALUE_DIM", 72)
+        return make_checkpoint(path, moe=request.param == "moe", num_layers=4, dtype="float64")
 
 
 def load(directory: Path, dtype: torch.dtype, quantization: str = "none") -> Models:
