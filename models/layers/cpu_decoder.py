@@ -15,8 +15,9 @@ from models.forward_batch import ForwardBatch
 from models.layers.norm import RMSNorm
 
 _MAX_ROWS_PER_REQUEST = 16
-# Multiplications per layer up to which known rows are faster this way than through torch's matrix products.
-_MAX_PRODUCTS = 2**31
+# Known rows are faster this way than through torch's matrix products up to so many, and of small layers up to so many
+# multiplications per layer.
+_MAX_KNOWN_ROWS, _MAX_PRODUCTS = 64, 2**31
 _JOINED = ("row_ids", "start_lens", "accept_lens", "is_known", "positions")
 
 KernelFront = Callable[[], dict[str, Weight]]
@@ -43,12 +44,12 @@ class CpuDecoder:
         if view is None or not self._is_served:
             return False
         is_step = view.is_verify and max(forward.query_lens) <= _MAX_ROWS_PER_REQUEST
-        return is_step or sum(forward.query_lens) * self._packed().num_products <= _MAX_PRODUCTS
+        return is_step or sum(forward.query_lens) <= self.max_known_rows
 
     @property
-    def max_joint_tokens(self) -> int:
-        """Up to how many known tokens `run_jointly` is faster with than two passes are; 0: it may not be called."""
-        return _MAX_PRODUCTS // self._packed().num_products if self._is_served else 0
+    def max_known_rows(self) -> int:
+        """How many known rows may take this way, alone or beside those of a decode step; 0: nothing may."""
+        return max(_MAX_KNOWN_ROWS, _MAX_PRODUCTS // self._packed().num_products) if self._is_served else 0
 
     def __call__(self, token_ids: Tensor, forward: ForwardBatch, hidden: Tensor | None = None) -> Tensor:
         """token_ids [N] int64, for a draft head with hidden [N, H] -> [N, H] after the norm."""

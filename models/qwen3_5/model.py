@@ -108,7 +108,7 @@ class Qwen35(nn.Module):
     @property
     def max_joint_tokens(self) -> int:
         """Known tokens that `forward_jointly` runs faster beside a decode step than after it; 0: never."""
-        return self._cpu_decoder.max_joint_tokens
+        return self._cpu_decoder.max_known_rows
 
     def forward_jointly(self, passes: Sequence[ForwardBatch]) -> list[Tensor]:
         """Hidden states [N, H] of each pass; they share no row of the cache. Where a CPU's kernel can, the weights are

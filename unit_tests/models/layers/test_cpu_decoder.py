@@ -275,8 +275,13 @@ def test_known_rows_take_the_same_way_if_they_are_few(directory: Path, monkeypat
     run = CachedRun(*models, max_len=80)
     forward = run.batch([1, 2], [[1, 2, 3, 4], [5] * 40], is_verify=False)
     assert models[0]._cpu_decoder.serves(forward) and models[1].can_propose(forward)
-    monkeypatch.setattr(cpu_decoder, "_MAX_PRODUCTS", 44 * models[0]._cpu_decoder._packed().num_products - 1)
+    num_products = models[0]._cpu_decoder._packed().num_products
+    monkeypatch.setattr(cpu_decoder, "_MAX_KNOWN_ROWS", 43)
+    assert models[0]._cpu_decoder.serves(forward)
+    monkeypatch.setattr(cpu_decoder, "_MAX_PRODUCTS", 44 * num_products - 1)
     assert not models[0]._cpu_decoder.serves(forward)
+    monkeypatch.setattr(cpu_decoder, "_MAX_KNOWN_ROWS", 44)
+    assert models[0]._cpu_decoder.serves(forward)
 
 
 @torch.inference_mode()
