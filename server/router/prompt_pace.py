@@ -30,8 +30,8 @@ _MOST_WAITS = 64
 _MEMORY = 0.99
 # Steps in a row that share a pass, at most: so many for every decode pass that was seen alone, up to the most.
 _JOINT_STEPS, _MOST_JOINT_STEPS = 2, 32
-# What tokens take in passes of their own counts as so many passes that were shared; a token adds no less to these than a
-# part of that: where less is seen, decode passes take less than they did alone.
+# What tokens take in passes of their own counts as so many shared passes do; a token adds no less to these than a part
+# of that: where less is seen, decode passes take less than they did alone.
 _FIRST_PASSES, _LEAST_COST = 4, 0.25
 # Chunks wanted that much longer than what may share a pass have one of their own.
 _LONGER = 1.5
