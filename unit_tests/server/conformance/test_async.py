@@ -69,13 +69,19 @@ def test_many_at_once_are_what_each_is_alone(client: openai.OpenAI, stream: bool
 
 
 def test_requests_that_are_given_up_hold_nobody_up(client: openai.OpenAI) -> None:
+    """More than there are rows, as soon as one of them has begun to answer."""
+
     async def give_up() -> Answer:
         async with asynchronous(client) as other:
-            fields = {"max_tokens": 3000, "ignore_eos": True}
-            tasks = [
-                asyncio.create_task(ask_async(other, COMPLETIONS, index % 2 == 0, **fields)) for index in range(40)
-            ]
-            await ask_async(other, CHAT, True, max_tokens=1)
+            fields, has_begun = {"max_tokens": 3000, "ignore_eos": True}, asyncio.Event()
+
+            async def read_on() -> None:
+                async for _ in await other.completions.create(**arguments(COMPLETIONS, **fields), stream=True):
+                    has_begun.set()
+
+            tasks = [asyncio.create_task(read_on()) for _ in range(20)]
+            tasks += [asyncio.create_task(ask_async(other, COMPLETIONS, False, **fields)) for _ in range(20)]
+            await has_begun.wait()
             for task in tasks:
                 task.cancel()
             assert all(
