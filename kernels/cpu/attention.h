@@ -115,7 +115,8 @@ void attend_head(const AttentionSizes& n, const F* q, const C* kv, const int64_t
     for (int64_t start = 0; start < longest; start += n.page_size) {
         const C* page = page_at(values, start);
         if (start + n.page_size < longest) {
-            const C* next = page_at(values, start + n.page_size);  // read some columns at a time, which nobody sees coming
+            // Read some columns at a time, a page is no stream that the processor would see coming.
+            const C* next = page_at(values, start + n.page_size);
             for (int64_t j = 0; j < n.page_size; ++j)
                 for (int64_t i = 0; i < D; i += 64 / sizeof(C)) __builtin_prefetch(next + j * token + i);
         }

@@ -155,11 +155,12 @@ def test_passes_that_scatter_do_not_let_chunks_grow() -> None:
     assert sum(times[200:]) / 400 == pytest.approx(2.0, rel=0.1) and max(times[200:]) < 2.7
 
 
-@pytest.mark.parametrize(("slowdown", "expected"), [(4.0, {100}), (12.0, {240, 0})])
-def test_what_is_a_little_too_long_to_share_a_pass_is_cut_to_what_may(slowdown: float, expected: set[int]) -> None:
-    """Decode passes of 40 ms: at 12 times of that prompts may have 440, which is more than 100 tokens take."""
-    chunks, _ = drive_jointly(begin(slowdown), 0.001, [(10, 1)] * 300)
-    assert set(chunks[100:]) - {0} == expected - {0} or min(set(chunks[100:]) - {0}) > 150
+def test_what_is_a_little_too_long_to_share_a_pass_is_cut_to_what_may() -> None:
+    """Beside decode passes of 40 ms: 120 tokens are wanted at 4 times of that, 440 at 12 times."""
+    little, _ = drive_jointly(begin(4.0), 0.001, [(10, 1)] * 300)
+    assert set(little[100:]) == {0, 100}
+    much, _ = drive_jointly(begin(12.0), 0.001, [(10, 1)] * 300)
+    assert min(set(much[100:]) - {0}) > 150, "a pass of its own"
 
 
 def test_the_seconds_due_to_those_who_decode_are_told() -> None:
