@@ -85,8 +85,8 @@ class SyncEnd:
 
     def receive(self, timeout_seconds: float) -> list[Request]:
         """All messages that have arrived, in order; waits up to `timeout_seconds` for a first one."""
-        if not self._socket.poll(int(timeout_seconds * 1000)):
-            return []
+        if timeout_seconds > 0:
+            self._socket.poll(int(timeout_seconds * 1000))
         return [decode(data) for data in self._drain()]
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class SyncEnd:
         self._context.term()
 
     def _drain(self) -> Iterable[bytes]:
-        while self._socket.poll(0):
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # poll would make a poller each time
             yield self._socket.recv()
 
 

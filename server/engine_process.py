@@ -115,7 +115,8 @@ def serve(engine: Engine, channel: SyncEnd) -> None:
 def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> StepReport | None:
     """Hand the requests over, step once if there is work; None when there is nothing to tell.
 
-    Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and one now and then.
+    Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and one now and then,
+    which is soon enough for requests that have come while there is work.
     All outputs of a report were made by the weights that its gauges name.
     """
     for request in requests:
@@ -128,7 +129,8 @@ def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> St
     is_due = works and (outbox.is_due or not engine.has_work())
     outputs = outbox.collect(outputs, failed, tells_all=engine.is_changing or not engine.has_work())
     done = engine.take_done()
-    is_said = is_due or requests or outputs or failed or done
+    others = any(not isinstance(request, Generate) for request in requests)
+    is_said = is_due or others or (requests and not works) or outputs or failed or done
     return StepReport(outputs, failed, engine.stats(), done) if is_said else None
 
 
@@ -167,4 +169,4 @@ def _exit(_signal: int, _frame: object) -> NoReturn:
 
 def _parent_lives() -> bool:
     parent = multiprocessing.parent_process()
-    return parent is None or parent.is_alive()
+    return parent is None or parent.pid == os.getppid()  # is_alive() takes ten times as long

@@ -213,8 +213,8 @@ class TokenOutput:
     totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused,
     and `queue_seconds` passed before the request got its first row.
     Of one step's tokens all that are accepted drafts come first. Where there may be several steps, `drafted_steps` has
-    the drafts proposed and accepted of each that had any. `prompt_logprobs`, if asked for, come with the first output,
-    one entry per prompt token from the second on.
+    the drafts proposed and accepted of each that had any, and the first of them ended `age` seconds ago.
+    `prompt_logprobs`, if asked for, come with the first output, one entry per prompt token from the second on.
     """
 
     request_id: str
@@ -229,6 +229,7 @@ class TokenOutput:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     queue_seconds: float = field(default=0.0, compare=False)
     drafted_steps: list[tuple[int, int]] = field(default_factory=list)
+    age: float = field(default=0.0, compare=False)
 
 
 def count_kept_drafts(before: int, after: int, num_kept: int) -> int:

@@ -16,16 +16,16 @@ KEEP_SECONDS = 0.1
 
 @dataclass
 class _Held:
-    """What is kept back of a request, and drafts proposed and accepted before it."""
+    """What is kept back of a request, when that began, and drafts proposed and accepted before it."""
 
     outputs: list[TokenOutput] = field(default_factory=list)
+    since: float = 0.0
     num_proposed: int = 0
     num_accepted: int = 0
-    has_begun: bool = False
 
-    def take(self) -> TokenOutput:
+    def take(self, now: float) -> TokenOutput:
         """What is kept back, at least one output, as one; it is sent now."""
-        outputs, self.outputs, self.has_begun = self.outputs, [], True
+        outputs, self.outputs = self.outputs, []
         steps = []
         for output in outputs:
             if output.num_proposed > self.num_proposed:
@@ -37,12 +37,13 @@ class _Held:
             logprobs=[one for output in outputs for one in output.logprobs],
             prompt_logprobs=[one for output in outputs for one in output.prompt_logprobs],
             drafted_steps=steps,
+            age=now - self.since,
         )
 
 
 class Outbox:
-    """Passes outputs on; those of requests that are `told_whole` with their first token, every KEEP_SECONDS, at their
-    end, and when asked for."""
+    """Passes outputs on; those of requests that are `told_whole` every KEEP_SECONDS, at their end, and when asked
+    for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -67,20 +68,22 @@ class Outbox:
         """What is to be sent after a step that gave these; if it `tells_all`, nothing is kept back."""
         for failure in failed:
             self._held.pop(failure.request_id, None)
-        sent = [ready for output in outputs if (ready := self._put(output)) is not None]
-        if self.is_due or tells_all:
-            self._sent_at = self._clock()
-            sent += [held.take() for held in self._held.values() if held.outputs]
+        now = self._clock()
+        sent = [ready for output in outputs if (ready := self._put(output, now)) is not None]
+        if tells_all or now - self._sent_at >= KEEP_SECONDS:
+            self._sent_at = now
+            sent += [held.take(now) for held in self._held.values() if held.outputs]
         return sent
 
-    def _put(self, output: TokenOutput) -> TokenOutput | None:
+    def _put(self, output: TokenOutput, now: float) -> TokenOutput | None:
         """The output, or with it what was kept back; None: it is kept back, too."""
         held = self._held.get(output.request_id)
         if held is None:
             return output
+        if not held.outputs:
+            held.since = now
         held.outputs.append(output)
-        if output.finish_reason is not None:
-            del self._held[output.request_id]
-        elif held.has_begun:
+        if output.finish_reason is None:
             return None
-        return held.take()
+        del self._held[output.request_id]
+        return held.take(now)

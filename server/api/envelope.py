@@ -65,7 +65,7 @@ class Envelope:
         if self._job.sampling.prompt_logprobs is None:
             body = self._write(parts)
         else:
-            body = await self._services.read(self._write, parts)  # as long as the prompts: no stream should wait for it
+            body = await self._services.do_apart(self._write, parts)  # as long as the prompts
         return Response(body, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:

@@ -252,7 +252,10 @@ class GenerateAnswer:
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 self._outputs[delta.index].take(delta)
-        body = await self._services.read(self._encode, self._outputs)
+        if self._job.sampling.prompt_logprobs is None:
+            body = self._encode(self._outputs)
+        else:
+            body = await self._services.do_apart(self._encode, self._outputs)  # as long as the prompts
         return Response(body, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:

@@ -145,7 +145,7 @@ class Choice:
         was_cut = is_complete or matched is not None
         self.finish_reason = FINISH_STOP if was_cut else output.finish_reason
         num_new = self.num_tokens - num_before
-        self.clock.count_tokens(num_new, output.queue_seconds, num_steps=max(1, output.num_steps - self.num_steps))
+        self.clock.count_tokens(num_new, output.queue_seconds, output.num_steps - self.num_steps, output.age)
         spec = self._count(output, num_new, was_cut)
         if self.finish_reason is not None:
             self.clock.end(self.finish_reason)

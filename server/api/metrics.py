@@ -167,18 +167,19 @@ class RequestClock:
         """First to last token."""
         return self._last_at - self._first_at if self.num_tokens else None
 
-    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0, num_steps: int = 1) -> None:
-        """One output arrived with `num_tokens` tokens of `num_steps` steps for the client; its request had waited
-        `queue_seconds`."""
+    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0, num_steps: int = 0, age: float = 0.0) -> None:
+        """One output arrived with `num_tokens` tokens for the client, of so many verify steps and perhaps a prefill,
+        the first of which ended `age` seconds ago. Its request had waited `queue_seconds`."""
         if not num_tokens:
             return
-        now, metrics = time.perf_counter(), self._metrics
-        if self.num_tokens == 0:
-            self._first_at, self.queue_seconds = now, queue_seconds
-            metrics.ttft.observe(now - self._arrived_at)
+        now, metrics, is_first = time.perf_counter(), self._metrics, self.num_tokens == 0
+        if is_first:
+            self._first_at = self._last_at = now - age
+            self.queue_seconds = queue_seconds
+            metrics.ttft.observe(self._first_at - self._arrived_at)
             metrics.prompt_tokens.inc(self._prompt_len)
-        else:
-            metrics.itl.observe((now - self._last_at) / num_steps)
+        if not is_first or num_steps > 0:
+            metrics.itl.observe((now - self._last_at) / max(1, num_steps))
         self._last_at = now
         self.num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)

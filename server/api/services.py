@@ -19,6 +19,9 @@ A = TypeVar("A")
 T = TypeVar("T")
 # A few threads, so that short requests do not queue behind a long prompt.
 _NUM_READERS = 4
+# Bytes of a body that is read in a millisecond or two at the most: as a rule its way to a thread and back takes longer.
+# A template of a request's own may take any time.
+_SHORT_BODY = 4096
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,15 @@ class Services:
         """The model's name in answers."""
         return self.model_names[0]
 
-    async def read(self, reader: Callable[[A], T], body: A) -> T:
-        """`reader(body)` in the thread pool, so that no stream waits for it."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, reader, body)
+    async def read(self, reader: Callable[[bytes], T], body: bytes) -> T:
+        """`reader(body)`, of a long body apart."""
+        if len(body) <= _SHORT_BODY and not self.config.trust_request_chat_template:
+            return reader(body)
+        return await self.do_apart(reader, body)
+
+    async def do_apart(self, work: Callable[[A], T], matter: A) -> T:
+        """`work(matter)` in the thread pool, so that no stream waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work, matter)
 
 
 def build_services(

@@ -225,7 +225,8 @@ class Scheduler(Admission):
         for request in waiting:
             if budget > 0:
                 start, rest = request.num_computed, request.num_known - request.num_computed
-                is_short = rest < 1.5 * budget and rest <= room and budget > self.limits.max_joint_tokens
+                longest = room if budget > self.limits.max_joint_tokens else self.limits.max_joint_tokens
+                is_short = rest < 1.5 * budget and rest <= min(room, longest)
                 size = rest if is_short else budget  # a short rest is not worth a pass of its own
                 end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))

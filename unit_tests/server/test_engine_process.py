@@ -30,14 +30,26 @@ def test_a_turn_without_work_and_messages_says_nothing() -> None:
 
 
 def test_an_abort_alone_gives_a_report_so_that_the_gauges_fall() -> None:
-    engine = FakeEngine(EngineConfig())
-    report = take_turn(engine, [_generate("a", [5])], Outbox())
+    engine, outbox = FakeEngine(EngineConfig()), Outbox(lambda: 0.0)
+    report = take_turn(engine, [_generate("a", [5, 6, 7])], outbox)
     assert report is not None
     assert report.stats.num_running == 1
-    report = take_turn(engine, [Abort("a")], Outbox())
+    report = take_turn(engine, [Abort("a")], outbox)
     assert report is not None
     assert report.stats.num_running == 0
     assert report.outputs == []
+
+
+def test_requests_that_come_while_there_is_work_are_told_of_later_others_at_once() -> None:
+    clock = iter(range(99))
+    engine, outbox = FakeEngine(EngineConfig()), Outbox(lambda: next(clock) / 100)
+    whole = [Generate(name, [5] * 9, SamplingParams(max_tokens=9), told_whole=True) for name in "abc"]
+    assert take_turn(engine, whole[:1], outbox) is None
+    reports = [take_turn(engine, requests, outbox) for requests in (whole[1:2], [], [], [], [])]
+    assert [report.stats.num_running for report in reports if report is not None] == [2]
+    engine.has_work = lambda: False  # type: ignore[method-assign]
+    report = take_turn(engine, whole[2:], outbox)
+    assert report is not None and report.stats.num_running == 3
 
 
 def test_a_refused_request_fails_and_the_others_go_on() -> None:
@@ -151,7 +163,7 @@ def test_what_old_weights_made_is_told_before_they_change() -> None:
         for report in reports
         if report is not None
     ]
-    assert told == [("old", [5]), ("old", [6, 7, 8]), ("new", [])]
+    assert told == [("old", [5, 6, 7, 8]), ("new", [])]
     done = [done.control_id for report in reports if report is not None for done in report.done]
     assert done == ["p", "r"]
 
@@ -163,4 +175,4 @@ def test_what_is_kept_back_is_told_when_the_engine_has_no_work_any_more() -> Non
         take_turn(engine, requests, outbox)
     engine.has_work = lambda: False  # type: ignore[method-assign]
     report = take_turn(engine, [Pause("p")], outbox)
-    assert report is not None and [output.token_ids for output in report.outputs] == [[6, 7]]
+    assert report is not None and [output.token_ids for output in report.outputs] == [[5, 6, 7]]

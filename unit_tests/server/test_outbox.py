@@ -1,5 +1,7 @@
 """What is told at once, what later, and that nothing is lost or told twice."""
 
+import pytest
+
 from server.messages import FINISH_LENGTH, Abort, Failed, Generate, SamplingParams, TokenLogprobs, TokenOutput
 from server.outbox import KEEP_SECONDS, Outbox
 
@@ -33,27 +35,29 @@ def test_a_stream_is_told_everything_at_once() -> None:
         assert outbox.collect([output], []) == [output]
 
 
-def test_an_answer_that_is_told_whole_comes_with_its_first_token_now_and_then_and_at_its_end() -> None:
+def test_an_answer_that_is_told_whole_comes_now_and_then_and_at_its_end() -> None:
     outbox, clock = make_outbox("a", "b")
-    assert [output.token_ids for output in outbox.collect([say("a", 1)], [])] == [[1]]
-    assert outbox.collect([say("a", 2, 3, steps=1)], []) == []
-    assert outbox.collect([say("a", 4, steps=2), say("b", 9)], [])[0].token_ids == [9]
+    assert outbox.collect([say("a", 1)], []) == []
+    clock.now += KEEP_SECONDS / 2
+    assert outbox.collect([say("a", 2, 3, steps=1), say("b", 9)], []) == []
     assert not outbox.is_due
-    clock.now += KEEP_SECONDS
-    (kept,) = outbox.collect([], [])
-    assert kept.token_ids == [2, 3, 4] and [one.top_ids for one in kept.logprobs] == [[2], [3], [4]]
+    clock.now += KEEP_SECONDS / 2
+    kept, other = outbox.collect([say("a", 4, steps=2)], [])
+    assert kept.token_ids == [1, 2, 3, 4] and [one.top_ids for one in kept.logprobs] == [[1], [2], [3], [4]]
     assert (kept.num_steps, kept.num_proposed, kept.drafted_steps) == (2, 6, [(3, 2), (3, 2)])
+    assert (kept.age, other.age, other.token_ids) == (KEEP_SECONDS, KEEP_SECONDS / 2, [9])
     clock.now += KEEP_SECONDS
     assert outbox.collect([], []) == []
     outbox.collect([say("a", 5, steps=3)], [])
+    clock.now += KEEP_SECONDS / 4
     (last,) = outbox.collect([say("a", 6, steps=4, ends=True)], [])
     assert (last.token_ids, last.finish_reason, last.drafted_steps) == ([5, 6], FINISH_LENGTH, [(3, 2), (3, 2)])
+    assert last.age == pytest.approx(KEEP_SECONDS / 4)
 
 
 def test_what_has_failed_or_was_aborted_is_forgotten() -> None:
     outbox, clock = make_outbox("a", "b")
     outbox.collect([say("a", 1), say("b", 1)], [])
-    outbox.collect([say("a", 2, steps=1), say("b", 2, steps=1)], [])
     outbox.note(Abort("a"))
     assert outbox.collect([], [Failed("b", "ModelFailure", "no")]) == []
     clock.now += KEEP_SECONDS
@@ -69,7 +73,6 @@ def test_an_answer_of_one_step_is_told_once() -> None:
 
 def test_nothing_is_kept_back_where_all_is_to_be_told() -> None:
     outbox, _ = make_outbox("a", "b")
-    outbox.collect([say("a", 1), say("b", 1)], [])
     assert outbox.collect([say("a", 2, steps=1)], []) == []
     told = outbox.collect([say("b", 5, steps=1)], [], tells_all=True)
     assert [(output.request_id, output.token_ids) for output in told] == [("a", [2]), ("b", [5])]

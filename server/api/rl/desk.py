@@ -107,7 +107,7 @@ class Desk:
         bodies, query = self._large_bodies if has_tensors else self.services.bodies, request.query_params.multi_items()
         try:
             async with bodies.hold(request.receive, request.headers.get("content-type", "")) as body:
-                asked = await self.services.read(lambda data: read(form.read(data, query)), body)
+                asked = await self.services.do_apart(lambda data: read(form.read(data, query)), body)
                 return Response(msgspec.json.encode(await act(asked)), media_type=_JSON)
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED)

@@ -193,6 +193,22 @@ def test_the_wait_for_a_row_is_the_engines_word(monkeypatch: pytest.MonkeyPatch)
     assert (clock.first_token_seconds, clock.decode_seconds, clock.queue_seconds) == (2.0, 3.0, 0.5)
 
 
+def test_what_is_told_of_several_steps_counts_from_when_the_first_of_them_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moments = iter([10.0, 15.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(moments))
+    metrics = Metrics("tiny", EngineStats)
+    clock = metrics.start_request(3, SamplingParams(), 1)
+    clock.count_tokens(5, num_steps=4, age=2.0)
+    clock.count_tokens(3, num_steps=3, age=4.0)
+    clock.end("length")
+    text = metrics.render().decode()
+    assert _lines(text, "tandem:time_to_first_token_seconds_sum") == ["{} 3.0"]
+    assert _lines(text, "tandem:inter_token_latency_seconds_sum") == [f"{{}} {2 / 4 + 6 / 3}"]
+    assert (clock.first_token_seconds, clock.decode_seconds) == (3.0, 8.0)
+
+
 def test_a_request_that_asks_for_no_token_counts_its_prompt() -> None:
     metrics = Metrics("tiny", EngineStats)
     clock = metrics.start_request(7, SamplingParams(max_tokens=0), 1)

@@ -3,15 +3,24 @@
 import asyncio
 import threading
 
+import pytest
+
 from server.config import ServerConfig
 from server.messages import SamplingParams
 
+LONG = b" " * 5000
 
-def test_reading_happens_off_the_event_loop(make_serving) -> None:
-    services = make_serving().services
-    reader_thread = asyncio.run(services.read(lambda body: (threading.current_thread(), body), b"x"))
-    assert reader_thread[0] is not threading.main_thread()
-    assert reader_thread[1] == b"x"
+
+@pytest.mark.parametrize(
+    ("body", "trusts", "is_apart"), [(b"x", False, False), (b"x", True, True), (LONG, False, True)]
+)
+def test_long_bodies_are_read_off_the_event_loop_and_all_where_a_template_may_take_any_time(
+    body: bytes, trusts: bool, is_apart: bool, make_serving
+) -> None:
+    services = make_serving(config=ServerConfig(trust_request_chat_template=trusts)).services
+    thread, seen = asyncio.run(services.read(lambda body: (threading.current_thread(), body), body))
+    assert (thread is not threading.main_thread()) == is_apart
+    assert seen == body
 
 
 def test_a_slow_reader_does_not_hold_up_another(make_serving) -> None:
@@ -19,13 +28,13 @@ def test_a_slow_reader_does_not_hold_up_another(make_serving) -> None:
     released = threading.Event()
 
     async def talk() -> bytes:
-        slow = asyncio.create_task(services.read(lambda _: released.wait(10), b""))
-        fast = await asyncio.wait_for(services.read(lambda body: body, b"fast"), 10)
+        slow = asyncio.create_task(services.read(lambda _: released.wait(10), LONG))
+        fast = await asyncio.wait_for(services.read(lambda body: body[:4], LONG), 10)
         released.set()
         assert await slow is True
         return fast
 
-    assert asyncio.run(talk()) == b"fast"
+    assert asyncio.run(talk()) == LONG[:4]
 
 
 def test_limits_are_the_engines(make_serving) -> None:

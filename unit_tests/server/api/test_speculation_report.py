@@ -20,7 +20,7 @@ class FixedClock(RequestClock):
     def __init__(self) -> None:
         pass
 
-    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0, num_steps: int = 1) -> None:
+    def count_tokens(self, num_tokens: int, queue_seconds: float = 0.0, num_steps: int = 0, age: float = 0.0) -> None:
         """Nothing."""
 
     def end(self, finish_reason: str) -> None:

@@ -376,11 +376,14 @@ def test_what_is_less_than_a_chunk_and_a_half_is_computed_in_one(
     assert sizes == expected
 
 
-def test_what_shares_a_pass_is_cut_where_the_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = make_scheduler(chunked_prefill_size=64, num_pages=1000, max_joint_tokens=40)
+@pytest.mark.parametrize(("length", "expected"), [(26, [26]), (28, [20, 8]), (30, [20, 10])])
+def test_what_is_less_than_a_chunk_and_a_half_may_not_be_too_long_to_share_a_pass(
+    length: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make_scheduler(chunked_prefill_size=64, num_pages=1000, max_joint_tokens=27)
     monkeypatch.setattr(scheduler._pace, "budget", lambda _widths, _waiting, _most: 20)
-    scheduler.add(make_request("a", 26))
-    assert [counts(play(scheduler)[0]) for _ in range(2)] == [[20], [6]]
+    scheduler.add(make_request("a", length))
+    assert [sum(counts(play(scheduler)[0])) for _ in expected] == expected
 
 
 def test_chunks_follow_limits_that_are_replaced() -> None:
