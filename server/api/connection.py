@@ -20,10 +20,21 @@ _TINY_CHUNK_BYTES, _MAX_TINY_CHUNKS = 256, 4096
 
 
 class FrugalConnection(h11.Connection):
-    """HTTP/1.1 without bodies in too many tiny chunks. `refusal` is what to tell the client of one."""
+    """HTTP/1.1 without bodies in too many tiny chunks; `refusal` is what to tell the client of one. The head of a whole
+    answer goes out with its body, so that the client need not wake up twice; that of a stream, at once."""
 
     _num_tiny = 0
+    _head = b""
     refusal = ""
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # of overloads
+        """What is to be written now. Raises h11.LocalProtocolError for what must not come next."""
+        data = super().send(event)
+        if isinstance(event, h11.Response) and any(name == b"content-length" for name, _ in event.headers):
+            self._head = data or b""
+            return b""
+        head, self._head = self._head, b""
+        return head + data if head and data is not None else data
 
     def next_event(self) -> Any:
         """What comes next. Raises h11.RemoteProtocolError for what is not HTTP, or costs too much."""

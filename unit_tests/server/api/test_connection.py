@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 import psutil
 import pytest
 
 from server.api import connection
+from server.api.connection import FrugalConnection
 from server.config import ServerConfig
 from server.http_server import HttpServer, listening
 from server.messages import Abort
@@ -368,3 +370,21 @@ def test_requests_in_one_packet_are_answered_in_turn(visit) -> None:
         assert answers.count(b"HTTP/1.1 200 OK") == 3
 
     visit(visitor)
+
+
+def talk(method: str, headers: list[tuple[str, str]], *rest: h11.Event) -> list[bytes | None]:
+    """What is written for the events of an answer, one after the other."""
+    frugal = FrugalConnection(h11.SERVER)
+    frugal.receive_data(f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    frugal.next_event()
+    return [frugal.send(event) for event in (h11.Response(status_code=200, headers=headers), *rest, h11.EndOfMessage())]
+
+
+def test_the_head_of_an_answer_waits_for_its_body_but_that_of_a_stream_goes_ahead() -> None:
+    head = b"HTTP/1.1 200 \r\ncontent-length: 2\r\n\r\n"
+    body = h11.Data(data=b"ok")
+    assert talk("GET", [("content-length", "2")], body) == [b"", head + b"ok", b""]
+    assert talk("HEAD", [("content-length", "2")]) == [b"", head]
+    started, chunk, end = talk("GET", [("content-type", "text/event-stream")], body)
+    assert started is not None and started.startswith(b"HTTP/1.1 200 ")
+    assert (chunk, end) == (b"2\r\nok\r\n", b"0\r\n\r\n")
