@@ -18,6 +18,7 @@ B requests, T tokens, HK key heads, HV value heads (value head i uses key head i
 wider. q is scaled and q, k are normed by the caller.
 """
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.delta_training import DeltaRule, continue_delta_rule
+from kernels.cpu.library import load_library
 from kernels.cpu.training import runs
+from kernels.gpu.dispatch import runs_triton
 
 CHUNK_LEN = 64
+# Numbers of a state below which a second thread is not worth waking.
+_PARALLEL_NUMBERS = 2**18
 
 
 class DeltaRing(NamedTuple):
@@ -111,12 +116,27 @@ def gated_delta_rule_verify(
     return out.transpose(1, 2)
 
 
-def fold_recorded(state: Tensor, recorded: DeltaRing, count: Tensor) -> Tensor:
-    """The states after the first `count` recorded tokens; `state` is not written.
+def fold_recorded(state: Tensor, recorded: DeltaRing, count: Tensor, out: Tensor) -> None:
+    """Write the states after the first `count` recorded tokens to `out`; `state` is not written.
 
-    state [L, HV, DK, DV]; recorded k [L, F, HK, DK], u [L, F, HV, DV], alpha [L, F, HV], oldest first; count: a number
-    0..F on the device.
+    state, out [L, HV, DK, DV], the layers perhaps apart; recorded k [L, F, HK, DK], u [L, F, HV, DV], alpha [L, F, HV],
+    oldest first; count: a number 0..F on the device.
     """
+    library = load_library() if state.device.type == "cpu" and not runs_triton(state) else None
+    if library is None:
+        out.copy_(fold_recorded_torch(state, recorded, count))
+        return
+    k, u, alpha = (part.contiguous() for part in recorded)
+    assert state[0].is_contiguous() and out[0].is_contiguous()
+    sizes = (len(state), k.shape[2], *state.shape[1:], k.shape[1], state.stride(0), out.stride(0))
+    function = library.fold_recorded_float32 if state.dtype == torch.float32 else library.fold_recorded_float64
+    num_threads = torch.get_num_threads() if state.numel() >= _PARALLEL_NUMBERS else 1
+    addresses = [tensor.data_ptr() for tensor in (state, k, u, alpha, out)]
+    function((ctypes.c_int64 * len(sizes))(*sizes), *addresses, int(count), num_threads)
+
+
+def fold_recorded_torch(state: Tensor, recorded: DeltaRing, count: Tensor) -> Tensor:
+    """The law: what `fold_recorded` writes."""
     num_heads, is_known = state.shape[1], not count.is_cuda
     for index in range(int(count) if is_known else recorded.k.shape[1]):
         k, u, alpha = (part[:, index] for part in recorded)

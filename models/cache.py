@@ -4,6 +4,7 @@ L_full full-attention layers, L_mtp draft layers, L_delta delta-net layers, R ro
 page 0 is padding too. K = mtp_step drafts per step, T = K + 1 rows of a verify step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,8 @@ class GDNCache:
         NaN left by the row's last request would survive.
         """
         for tensor in (self.state, *self.ring, self.conv_ring):
-            tensor[:, row] = 0
+            for part in _parts(tensor[:, row]):
+                part.zero_()
 
     def layer_ring(self, layer: int) -> DeltaRing:
         return DeltaRing(*(part[layer] for part in self.ring))
@@ -115,14 +117,15 @@ class GDNCheckpoints:
         ring_len = gdn.ring.k.shape[2]
         slots = (stand + torch.arange(ring_len // 2, device=stand.device)) % ring_len
         recorded = DeltaRing(*(part[:, row].index_select(1, slots) for part in gdn.ring))
-        self.state[:, slot] = fold_recorded(gdn.state[:, row], recorded, position - stand)
-        self.conv_window[:, slot] = gdn.conv_ring[:, row, self._window(gdn, position)]
+        fold_recorded(gdn.state[:, row], recorded, position - stand, self.state[:, slot])
+        self.conv_window[:, slot] = gdn.conv_ring[:, row].index_select(1, self._window(gdn, position))
 
     def restore(self, slot: int, gdn: GDNCache, row: int, position: int) -> None:
         """Make the row's state that of the checkpoint, which stands at `position`."""
         gdn.reset(row)
-        gdn.state[:, row] = self.state[:, slot]
-        gdn.conv_ring[:, row, self._window(gdn, position)] = self.conv_window[:, slot]
+        for part, kept in zip(_parts(gdn.state[:, row]), _parts(self.state[:, slot]), strict=True):
+            part.copy_(kept)
+        gdn.conv_ring[:, row].index_copy_(1, self._window(gdn, position), self.conv_window[:, slot])
 
     def _window(self, gdn: GDNCache, position: int) -> Tensor:
         positions = torch.arange(position - gdn.conv_width + 1, position, device=gdn.conv_ring.device)
@@ -190,6 +193,11 @@ class Cache:
     backends: Backends = TORCH
     scratch: "SplitScratch | None" = None
     planner: "AttentionPlanner | None" = None
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """On a CPU layer by layer: torch shares what is larger with other threads, whose cores may have other work."""
+    return tensor.unbind() if tensor.device.type == "cpu" else (tensor,)
 
 
 def _power_of_two(at_least: int) -> int:

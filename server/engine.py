@@ -171,6 +171,10 @@ class Engine:
         ended, self._in_flight = self._in_flight, None
         return [] if ended is None else self._collect(*ended)
 
+    def tell(self) -> list[TokenOutput]:
+        """What requests that are told whole have emitted and `step` has not returned."""
+        return self.scheduler.tell()
+
     def _take_ready(self) -> list[TokenOutput | Failed]:
         """Hand the scheduler the requests whose grammars are compiled; the others' failures."""
         if not len(self.grammars):

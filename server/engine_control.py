@@ -413,7 +413,7 @@ class EngineControl:
         """Do what a pause of this mode does to the requests, with nothing in flight; how many there were."""
         if mode == "abort":
             waiting = self._grammars.clear()
-            self._outputs += [request.make_output([], [], FINISH_ABORT) for request in waiting]
+            self._outputs += [request.make_output(FINISH_ABORT, self._scheduler.clock()) for request in waiting]
             num_ended = self._scheduler.end_all()
             self._outputs += self._scheduler.take_notices()
             return num_ended + len(waiting)

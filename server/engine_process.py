@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
@@ -23,11 +24,13 @@ from server.control import Control, Done
 from server.errors import InvalidRequest, TandemError
 from server.logs import set_up_log
 from server.messages import Abort, EngineStats, Failed, Fatal, Generate, Ready, Request, StepReport, TokenOutput
-from server.outbox import Outbox
 
 ENGINE = "server.engine:Engine"
 # How long an idle engine sleeps before it looks whether its parent still lives.
 _IDLE_SECONDS = 0.5
+# Tokens that nobody reads before the last one are kept back for so long: telling each costs both processes more than a
+# small model's step. If their request is ended meanwhile, they are lost.
+KEEP_SECONDS = 0.1
 
 log = logging.getLogger("tandem.engine")
 
@@ -64,6 +67,9 @@ class Engine(Protocol):
 
     def step(self) -> list[TokenOutput | Failed]:
         """Advance the running requests; what has come of it, here and of steps before."""
+
+    def tell(self) -> list[TokenOutput]:
+        """What the steps have kept back, of requests that are told whole."""
 
     def stats(self) -> EngineStats:
         """Gauges and counters."""
@@ -104,33 +110,36 @@ def run(
 def serve(engine: Engine, channel: SyncEnd) -> None:
     """Say Ready, then answer until the parent process has gone."""
     channel.send(engine.ready)
-    outbox = Outbox()
+    told_at = time.monotonic()
     while _parent_lives():
         requests = channel.receive(0.0 if engine.has_work() else min(engine.patience, _IDLE_SECONDS))
-        report = take_turn(engine, requests, outbox)
+        now = time.monotonic()
+        is_due = now - told_at >= KEEP_SECONDS
+        report = take_turn(engine, requests, is_due)
+        told_at = now if is_due else told_at
         if report is not None:
             channel.send(report)
 
 
-def take_turn(engine: Engine, requests: Sequence[Request], outbox: Outbox) -> StepReport | None:
+def take_turn(engine: Engine, requests: Sequence[Request], is_due: bool = False) -> StepReport | None:
     """Hand the requests over, step once if there is work; None when there is nothing to tell.
 
-    Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and one now and then,
-    which is soon enough for requests that have come while there is work.
+    Aborts alone give a report too: the gauges in it have changed. So does the last step for now, and any for which one
+    `is_due`, which is soon enough for requests that have come while there is work; these tell what was kept back.
     All outputs of a report were made by the weights that its gauges name.
     """
-    for request in requests:
-        outbox.note(request)
     failed = [failure for request in requests if (failure := _hand_over(engine, request)) is not None]
     works = engine.has_work()
     news = engine.step() if works else []
+    is_last = not engine.has_work()
+    if is_due or is_last or engine.is_changing:
+        news += engine.tell()
     outputs = [one for one in news if isinstance(one, TokenOutput)]
     failed += [one for one in news if isinstance(one, Failed)]
-    is_due = works and (outbox.is_due or not engine.has_work())
-    outputs = outbox.collect(outputs, failed, tells_all=engine.is_changing or not engine.has_work())
     done = engine.take_done()
-    others = any(not isinstance(request, Generate) for request in requests)
-    is_said = is_due or others or (requests and not works) or outputs or failed or done
+    tells_gauges = is_due or is_last if works else len(requests) > 0
+    tells_gauges |= any(not isinstance(request, Generate) for request in requests)
+    is_said = tells_gauges or outputs or failed or done
     return StepReport(outputs, failed, engine.stats(), done) if is_said else None
 
 

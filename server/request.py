@@ -21,8 +21,10 @@ class Request:
     `num_cached` prompt tokens were reused when it was first admitted. In the last `num_refused` verify steps no draft
     was right. `is_plain`: it gets no drafts; `is_isolated`: it shares nothing with others. Prefill chunks end at
     `cuts`. `deadline` and `added_at` are in seconds of the scheduler's clock. `scores` are the log-probabilities of
-    prompt tokens, from the second on, that its first output is to bring. `matcher` knows which tokens may come next,
-    where that depends on more than the logits.
+    prompt tokens, from the second on, that its first output is to bring. Of its output the first `num_told` tokens have
+    been told; the log-probabilities of the others are kept in `logprobs`, and of one that is `told_whole` in
+    `drafted_steps` the drafts proposed and accepted of steps since, the first of which ended at `untold_since`.
+    `matcher` knows which tokens may come next, where that depends on more than the logits.
     """
 
     id: str
@@ -58,6 +60,11 @@ class Request:
     added_at: float = 0.0
     queue_seconds: float = 0.0
     scores: list[TokenLogprobs] = field(default_factory=list)
+    told_whole: bool = False
+    num_told: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    drafted_steps: list[tuple[int, int]] = field(default_factory=list)
+    untold_since: float | None = None
     matcher: Any = None
 
     @staticmethod
@@ -79,6 +86,7 @@ class Request:
             priority=message.priority,
             deadline=deadline,
             cache_salt=message.cache_salt,
+            told_whole=message.told_whole,
         )
 
     @property
@@ -116,22 +124,38 @@ class Request:
         """Those that a chunk from position `start` on gave; what was computed before a preemption is overwritten."""
         self.scores[start : start + len(scores)] = scores
 
-    def make_output(self, emitted: list[int], logprobs: list[TokenLogprobs], finish_reason: str | None) -> TokenOutput:
-        """What the request has to say now: the tokens that it has just emitted, and all its counts."""
-        ended_by_request = finish_reason == FINISH_STOP and emitted[-1] in self.sampling.stop_token_ids
+    @property
+    def has_untold(self) -> bool:
+        """It keeps tokens back: nobody waits for them."""
+        return self.untold_since is not None
+
+    def keep_back(self, now: float) -> None:
+        """What it has just emitted is told later."""
+        if self.untold_since is None:
+            self.untold_since = now
+
+    def make_output(self, finish_reason: str | None, now: float) -> TokenOutput:
+        """What the request has to say now: the tokens that it has not told, and all its counts."""
+        untold, self.num_told = self.output_ids[self.num_told :], len(self.output_ids)
+        ended_by_request = finish_reason == FINISH_STOP and untold[-1] in self.sampling.stop_token_ids
+        since, self.untold_since = self.untold_since, None
         scores, self.scores = self.scores, []
+        logprobs, self.logprobs = self.logprobs, []
+        drafted_steps, self.drafted_steps = self.drafted_steps, []
         return TokenOutput(
             request_id=self.id,
-            token_ids=emitted,
+            token_ids=untold,
             logprobs=logprobs,
             finish_reason=finish_reason,
-            stop_token_id=emitted[-1] if ended_by_request else None,
+            stop_token_id=untold[-1] if ended_by_request else None,
             num_steps=self.num_steps,
             num_proposed=self.num_proposed,
             num_accepted=self.num_accepted,
             num_cached=self.num_cached or 0,
             prompt_logprobs=scores,
             queue_seconds=self.queue_seconds,
+            drafted_steps=drafted_steps,
+            age=0.0 if since is None else now - since,
         )
 
     @property

@@ -68,7 +68,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Makes the engine from a name it is given, in the child process: importing this file alone loads no torch.
     "server.engine_process": (
         "server.channel",
-        "server.outbox",
         "server.logs",
         "server.control",
         "server.messages",
@@ -84,7 +83,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.errors",
     ),
     "server.channel": ("server.control", "server.messages", "server.config", "server.errors"),
-    "server.outbox": ("server.messages",),
     "server.api": (
         "server.channel",
         "server.tokenizer",
@@ -132,7 +130,6 @@ WITHOUT_TORCH = (
     "server.channel",
     "server.launch",
     "server.engine_process",
-    "server.outbox",
     "server.command_line",
     "server.flags",
     "server.flag_aliases",

@@ -47,6 +47,7 @@ _SIGNATURES = {
     "silu_and_mul_backward": ((*[_POINTER] * 3, _SIZE, _SIZE, _COUNT), ("float32",)),
     "convolve_heads": ((*[_POINTER] * 4, _COUNT), ("float32",)),
     "convolve_heads_backward": ((*[_POINTER] * 6, _COUNT), ("float32",)),
+    "fold_recorded": ((*[_POINTER] * 6, _SIZE, _COUNT), ("float32", "float64")),
     "delta_rule": ((*[_POINTER] * 5, _COUNT), ("float32",)),
     "delta_rule_backward": ((*[_POINTER] * 5, _COUNT), ("float32",)),
 }

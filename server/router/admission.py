@@ -116,7 +116,7 @@ class Admission:
         ended = list(self._by_id.values())
         for request in ended:
             self._end(request, keeps_state=True)
-            self._notices.append(request.make_output([], [], FINISH_ABORT))
+            self._notices.append(request.make_output(FINISH_ABORT, self.clock()))
         return len(ended)
 
     def retract(self) -> int:
@@ -235,7 +235,7 @@ class Admission:
             self.counters.num_timeouts += 1
             self._end(request, keeps_state=True)
             if request.output_ids:
-                self._notices.append(request.make_output([], [], FINISH_ABORT))
+                self._notices.append(request.make_output(FINISH_ABORT, now))
             else:
                 message = "the request's time was over before its first token; raise timeout (or --request-timeout)"
                 self._notices.append(Failed(request.id, RequestTimeout.__name__, message))

@@ -120,9 +120,17 @@ class Scheduler(Admission):
             request.num_computed += accept_len if is_current else 0
             self._count_drafts(work, len(emitted), outcome.match_lens[index], finish_reason is not None)
         self.counters.num_output_tokens += len(emitted)
+        request.logprobs += outcome.logprobs[index][: len(emitted)]
         if finish_reason is not None:
             self._end(request, keeps_state=is_current and len(emitted) == accept_len)
-        return request.make_output(emitted, outcome.logprobs[index][: len(emitted)], finish_reason)
+        elif request.told_whole:
+            request.keep_back(self.clock())
+            return None
+        return request.make_output(finish_reason, self.clock())
+
+    def tell(self) -> list[TokenOutput]:
+        """What requests that are told whole have kept back."""
+        return [request.make_output(None, self.clock()) for request in self._by_id.values() if request.has_untold]
 
     def _count_drafts(self, work: Work, num_emitted: int, match_len: int, has_ended: bool) -> None:
         request, num_drafts = work.request, work.num_tokens - 1
@@ -134,6 +142,8 @@ class Scheduler(Admission):
         self.counters.count_drafts(num_judged, num_accepted)
         if num_judged:
             self.planner.observe(request.speculation, num_judged, num_accepted)
+            if request.told_whole:
+                request.drafted_steps.append((num_judged, num_accepted))
             request.num_refused = 0 if num_accepted else request.num_refused + 1
         if num_judged and request.num_refused == MAX_REFUSED_STEPS:
             what = f"had no draft accepted in {MAX_REFUSED_STEPS} steps"

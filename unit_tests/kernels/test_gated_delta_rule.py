@@ -5,11 +5,14 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
+from kernels.cpu.library import load_library
 from kernels.gated_delta_rule import (
     DeltaRing,
     Fold,
     fold_recorded,
+    fold_recorded_torch,
     gated_delta_rule,
     gated_delta_rule_prefill,
     gated_delta_rule_verify,
@@ -203,30 +206,47 @@ def record_of_layers(num_tokens, dtype=torch.float64):
     return before.to(dtype), DeltaRing(k.to(dtype), u.to(dtype), log_alpha.exp().to(dtype)), expected
 
 
+def fold_cpp(state: Tensor, recorded: DeltaRing, count: Tensor) -> Tensor:
+    """By the library, between layers and rows of other requests, which it leaves alone."""
+    if load_library() is None:
+        pytest.skip("no compiler")
+    rows, slots = (torch.full((len(state), 3, *state.shape[1:]), 7.0, dtype=state.dtype) for _ in range(2))
+    rows[:, 1] = state
+    fold_recorded(rows[:, 1], recorded, count, slots[:, 2])
+    assert (slots[:, :2] == 7).all() and torch.equal(rows[:, 1], state)
+    return slots[:, 2]
+
+
+FOLDS = pytest.mark.parametrize("fold", [fold_recorded_torch, fold_cpp])
+
+
+@FOLDS
 @pytest.mark.parametrize("count", range(5))
-def test_a_copy_is_folded_by_exactly_as_many_recorded_tokens_as_asked(count):
+def test_a_copy_is_folded_by_exactly_as_many_recorded_tokens_as_asked(count, fold):
     state, recorded, expected = record_of_layers(4)
     original = state.clone()
-    out = fold_recorded(state, recorded, torch.tensor(count))
+    out = fold(state, recorded, torch.tensor(count))
     torch.testing.assert_close(out, expected[count], rtol=0, atol=1e-12)
     assert torch.equal(state, original)
     if count:
         assert (out - expected[count - 1]).abs().max() > 1e-3
 
 
+@FOLDS
 @pytest.mark.parametrize("count", range(4))
-def test_recorded_tokens_behind_the_count_never_reach_the_copy(count):
+def test_recorded_tokens_behind_the_count_never_reach_the_copy(count, fold):
     """Rejected drafts may have left anything, also what is not a number."""
     state, recorded, expected = record_of_layers(4)
     for part in recorded:
         part[:, count:] = torch.nan
-    out = fold_recorded(state, recorded, torch.tensor(count))
+    out = fold(state, recorded, torch.tensor(count))
     torch.testing.assert_close(out, expected[count], rtol=0, atol=1e-12)
 
 
-def test_a_folded_copy_keeps_the_width_of_the_state():
+@FOLDS
+def test_a_folded_copy_keeps_the_width_of_the_state(fold):
     state, recorded, expected = record_of_layers(3, torch.float32)
-    out = fold_recorded(state, recorded, torch.tensor(3))
+    out = fold(state, recorded, torch.tensor(3))
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected[3], rtol=0, atol=1e-4)
 

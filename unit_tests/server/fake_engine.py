@@ -8,7 +8,7 @@ of a request's `timeout`. A prompt that comes again with the same `cache_salt` r
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from server.config import EngineConfig
 from server.control import Control, Done
@@ -40,6 +40,20 @@ class _Running:
     num_output: int = 0
     num_steps: int = 0
     num_accepted: int = 0
+    kept_back: list[TokenOutput] = field(default_factory=list)
+    drafted_steps: list[tuple[int, int]] = field(default_factory=list)
+
+    def tell(self) -> TokenOutput:
+        """What is kept back, as one."""
+        outputs, self.kept_back = self.kept_back, []
+        steps, self.drafted_steps = self.drafted_steps, []
+        return replace(
+            outputs[-1],
+            token_ids=[token_id for output in outputs for token_id in output.token_ids],
+            logprobs=[one for output in outputs for one in output.logprobs],
+            prompt_logprobs=[one for output in outputs for one in output.prompt_logprobs],
+            drafted_steps=steps if self.request.told_whole else [],
+        )
 
 
 class FakeEngine:
@@ -92,11 +106,22 @@ class FakeEngine:
         """Give every request its next tokens. It takes a millisecond: endless requests must leave CPU to others."""
         time.sleep(0.001)
         self._num_steps += 1
-        outputs = [self._take_turn(running) for running in list(self._running.values())]
-        for output in outputs:
+        outputs: list[TokenOutput | Failed] = []
+        for running in list(self._running.values()):
+            output = self._take_turn(running)
+            if isinstance(output, TokenOutput):
+                running.kept_back.append(output)
+                if output.finish_reason is None and running.request.told_whole:
+                    continue
+                output = running.tell()
             if isinstance(output, Failed) or output.finish_reason is not None:
                 del self._running[output.request_id]
+            outputs.append(output)
         return outputs
+
+    def tell(self) -> list[TokenOutput]:
+        """What requests that are told whole have kept back."""
+        return [running.tell() for running in self._running.values() if running.kept_back]
 
     def count_next_tokens(self, is_first: bool) -> int:
         """How many tokens a step gives a request, unless it ends before: one at first, then with all drafts."""
@@ -180,6 +205,7 @@ class FakeEngine:
     def _count_verify(self, running: _Running, num_accepted: int) -> None:
         running.num_steps += 1
         running.num_accepted += num_accepted
+        running.drafted_steps.append((self.ready.mtp_step, num_accepted))
         self._num_verify_steps += 1
         self._num_proposed += self.ready.mtp_step
         self._num_accepted += num_accepted

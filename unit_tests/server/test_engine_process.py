@@ -15,7 +15,6 @@ from server.config import ENGINE_ENVIRONMENT, EngineConfig
 from server.control import Control, Pause, Resume
 from server.engine_process import run, take_turn
 from server.messages import Abort, EngineStats, Fatal, Generate, Ready, SamplingParams, StepReport
-from server.outbox import Outbox
 from unit_tests.server.fake_engine import RAISE_ID, REFUSE_ID, FakeEngine
 
 FAKE = "unit_tests.server.fake_engine:FakeEngine"
@@ -26,35 +25,37 @@ def _generate(request_id: str, prompt: list[int]) -> Generate:
 
 
 def test_a_turn_without_work_and_messages_says_nothing() -> None:
-    assert take_turn(FakeEngine(EngineConfig()), [], Outbox()) is None
+    assert take_turn(FakeEngine(EngineConfig()), []) is None
+    assert take_turn(FakeEngine(EngineConfig()), [], is_due=True) is None
 
 
 def test_an_abort_alone_gives_a_report_so_that_the_gauges_fall() -> None:
-    engine, outbox = FakeEngine(EngineConfig()), Outbox(lambda: 0.0)
-    report = take_turn(engine, [_generate("a", [5, 6, 7])], outbox)
+    engine = FakeEngine(EngineConfig())
+    report = take_turn(engine, [_generate("a", [5, 6, 7])])
     assert report is not None
     assert report.stats.num_running == 1
-    report = take_turn(engine, [Abort("a")], outbox)
+    report = take_turn(engine, [Abort("a")])
     assert report is not None
     assert report.stats.num_running == 0
     assert report.outputs == []
 
 
 def test_requests_that_come_while_there_is_work_are_told_of_later_others_at_once() -> None:
-    clock = iter(range(99))
-    engine, outbox = FakeEngine(EngineConfig()), Outbox(lambda: next(clock) / 100)
+    engine = FakeEngine(EngineConfig(mtp_step=0))
     whole = [Generate(name, [5] * 9, SamplingParams(max_tokens=9), told_whole=True) for name in "abc"]
-    assert take_turn(engine, whole[:1], outbox) is None
-    reports = [take_turn(engine, requests, outbox) for requests in (whole[1:2], [], [], [], [])]
-    assert [report.stats.num_running for report in reports if report is not None] == [2]
+    assert take_turn(engine, whole[:1]) is None
+    assert take_turn(engine, whole[1:2]) is None
+    report = take_turn(engine, [], is_due=True)
+    assert report is not None and report.stats.num_running == 2
+    assert [output.token_ids for output in report.outputs] == [[5, 5, 5], [5, 5]]
     engine.has_work = lambda: False  # type: ignore[method-assign]
-    report = take_turn(engine, whole[2:], outbox)
+    report = take_turn(engine, whole[2:])
     assert report is not None and report.stats.num_running == 3
 
 
 def test_a_refused_request_fails_and_the_others_go_on() -> None:
     requests = [_generate("bad", [REFUSE_ID]), _generate("good", [5])]
-    report = take_turn(FakeEngine(EngineConfig()), requests, Outbox())
+    report = take_turn(FakeEngine(EngineConfig()), requests)
     assert report is not None
     assert [(f.request_id, f.error) for f in report.failed] == [("bad", "InvalidRequest")]
     assert [output.request_id for output in report.outputs] == ["good"]
@@ -155,9 +156,9 @@ class ChangingEngine(FakeEngine):
 
 
 def test_what_old_weights_made_is_told_before_they_change() -> None:
-    engine, outbox = ChangingEngine(EngineConfig(mtp_step=0)), Outbox(lambda: 0.0)
+    engine = ChangingEngine(EngineConfig(mtp_step=0))
     whole = Generate("a", [5, 6, 7, 8, 9], SamplingParams(max_tokens=9), told_whole=True)
-    reports = [take_turn(engine, requests, outbox) for requests in ([whole], [], [], [Pause("p")], [Resume("r")])]
+    reports = [take_turn(engine, requests) for requests in ([whole], [], [], [Pause("p")], [Resume("r")])]
     told = [
         (report.stats.weight_version, [token for output in report.outputs for token in output.token_ids])
         for report in reports
@@ -169,10 +170,10 @@ def test_what_old_weights_made_is_told_before_they_change() -> None:
 
 
 def test_what_is_kept_back_is_told_when_the_engine_has_no_work_any_more() -> None:
-    engine, outbox = FakeEngine(EngineConfig(mtp_step=0)), Outbox(lambda: 0.0)
+    engine = FakeEngine(EngineConfig(mtp_step=0))
     whole = Generate("a", [5, 6, 7], SamplingParams(max_tokens=9), told_whole=True)
     for requests in ([whole], [], []):
-        take_turn(engine, requests, outbox)
+        take_turn(engine, requests)
     engine.has_work = lambda: False  # type: ignore[method-assign]
-    report = take_turn(engine, [Pause("p")], outbox)
+    report = take_turn(engine, [Pause("p")])
     assert report is not None and [output.token_ids for output in report.outputs] == [[5, 6, 7]]

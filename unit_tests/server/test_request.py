@@ -66,10 +66,10 @@ def test_scores_are_wanted_of_the_prompt_alone_and_told_once() -> None:
     assert [request.count_scored(*span) for span in ((0, 4), (4, 6), (5, 6), (4, 9))] == [4, 1, 0, 1]
     request.keep_scores(0, scores[:4])
     request.keep_scores(2, scores[2:5])  # computed again, in other chunks
-    assert request.make_output([7], [], None).prompt_logprobs == scores
     request.emit([7])
+    assert request.make_output(None, 0.0).prompt_logprobs == scores
     assert not request.wants_scores and request.count_scored(0, 6) == 0
-    assert request.make_output([], [], "abort").prompt_logprobs == []
+    assert request.make_output("abort", 0.0).prompt_logprobs == []
     assert make_request(prompt_len=6).count_scored(0, 6) == 0
 
 
@@ -79,7 +79,24 @@ def test_the_time_in_the_queue_ends_with_the_first_row() -> None:
     request.enter_row(1, num_computed=0, now=7.5)
     request.leave_row()
     request.enter_row(1, num_computed=0, now=9.0)
-    assert request.make_output([7], [], None).queue_seconds == 2.5
+    assert request.make_output(None, 9.5).queue_seconds == 2.5
+
+
+def test_what_is_kept_back_is_told_once_with_its_age_and_the_drafts_of_each_step() -> None:
+    request, entries = make_request(), [TokenLogprobs(-float(i), [i], []) for i in range(4)]
+    for moment, count in ((1.0, 1), (1.5, 2)):
+        emitted, _ = request.emit([5, 6][:count])
+        request.logprobs += entries[: len(emitted)]
+        request.drafted_steps += [(2, 1)] if count > 1 else []
+        request.keep_back(moment)
+    assert request.has_untold
+    told = request.make_output(None, 3.0)
+    assert (told.token_ids, told.logprobs) == ([5, 5, 6], [entries[0], *entries[:2]])
+    assert (told.age, told.drafted_steps, request.has_untold) == (2.0, [(2, 1)], False)
+    request.emit([90])
+    last = request.make_output("stop", 4.0)
+    assert (last.token_ids, last.logprobs, last.age, last.drafted_steps) == ([90], [], 0.0, [])
+    assert request.output_ids == [5, 5, 6, 90]
 
 
 def test_the_length_limit_counts_over_all_steps() -> None:

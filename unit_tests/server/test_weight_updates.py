@@ -20,7 +20,6 @@ from server.control import (
 from server.engine import Engine
 from server.engine_process import take_turn
 from server.messages import Constraint, Generate, SamplingParams
-from server.outbox import Outbox
 from unit_tests.checkpoints import make_checkpoint
 from unit_tests.server.commands import (
     GREEDY,
@@ -329,15 +328,15 @@ def test_threads_of_the_device_do_not_change_what_comes(checkpoints: list[Path])
 
 
 def test_reports_tell_what_old_weights_made_before_the_new_ones_serve(checkpoints: list[Path]) -> None:
-    engine, outbox = make_engine(checkpoints[0], mtp_step=3), Outbox(lambda: 0.0)  # nothing is ever due
+    engine = make_engine(checkpoints[0], mtp_step=3)
     whole = [Generate(str(index), prompt, GREEDY, told_whole=True) for index, prompt in enumerate(PROMPTS)]
-    reports = [take_turn(engine, requests, outbox) for requests in (whole, [], [])]
-    assert not any(report.outputs for report in reports[1:] if report is not None)
+    reports = [take_turn(engine, requests) for requests in (whole, [], [])]
+    assert not any(report.outputs for report in reports if report is not None)
     command = update_from(checkpoints[1], in_flight="retract")
-    reports.append(take_turn(engine, [command], outbox))
+    reports.append(take_turn(engine, [command]))
     Client(engine).await_job()
     while engine.has_work():
-        reports.append(take_turn(engine, [], outbox))
+        reports.append(take_turn(engine, []))
     said = [report for report in reports if report is not None]
     (changed,) = [index for index, report in enumerate(said) if report.done]
     versions = ["default"] * changed + ["1"] * (len(said) - changed)

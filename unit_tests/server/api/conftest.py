@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -16,9 +17,8 @@ from server.api.engine_client import EngineClient
 from server.api.exchange import Exchange
 from server.api.services import Services, build_services
 from server.config import EngineConfig, ServerConfig
-from server.engine_process import Engine, take_turn
+from server.engine_process import KEEP_SECONDS, Engine, take_turn
 from server.messages import Reply, Request, SamplingParams
-from server.outbox import Outbox
 from server.tokenizer import Tokenizer
 from unit_tests.server.api.scripted_engine import ScriptedEngine
 from unit_tests.server.fake_engine import FakeEngine
@@ -29,8 +29,8 @@ class InlineChannel:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._outbox = Outbox()
         self._inbox: list[Request] = []
+        self._told_at = time.monotonic()
         self.sent: list[Request] = []
         self.paused = False
 
@@ -46,7 +46,9 @@ class InlineChannel:
             if self.paused:
                 continue
             requests, self._inbox = self._inbox, []
-            report = take_turn(self._engine, requests, self._outbox)
+            is_due = time.monotonic() - self._told_at >= KEEP_SECONDS
+            self._told_at = time.monotonic() if is_due else self._told_at
+            report = take_turn(self._engine, requests, is_due)
             if report is not None:
                 return report
             await asyncio.sleep(0.001)  # an idle engine blocks on its socket; this loop must not spin

@@ -58,6 +58,10 @@ class ScriptedEngine:
         """The next tokens of every request."""
         return [self._advance(request_id) for request_id in list(self._outputs)]
 
+    def tell(self) -> list[TokenOutput]:
+        """Nothing is kept back."""
+        return []
+
     def stats(self) -> EngineStats:
         """Nothing of interest."""
         return EngineStats()
