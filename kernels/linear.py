@@ -19,19 +19,21 @@ _FUNCTIONS = {torch.bfloat16: "linear_bfloat16", torch.float32: "linear_float32"
 _PARALLEL_PRODUCTS = 2**22
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., in], weight [out, in] of one dtype or quantized -> [..., out].
+def linear(x: Tensor, weight: Weight, rounds: bool = True) -> Tensor:
+    """x [..., in], weight [out, in] of one dtype or quantized -> [..., out] in x's dtype; unless it `rounds`, as wide
+    as it was summed where the product is our own.
 
     On a CPU, up to MAX_ROWS rows without gradients are summed in float32 or wider, in an order that does not depend on
     the other rows: the same row gives the same bits in any batch. float32 with gradients is multiplied by oneDNN.
     Quantized weights give a row the same bits in batches of any size.
     """
     if isinstance(weight, QuantizedWeight):
-        return quantized_linear(x, weight)
+        return quantized_linear(x, weight, rounds)
     if x.device.type == "cpu" and x.numel() <= MAX_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         library = load_library()
         if library is not None and weight.dtype in _FUNCTIONS and weight.is_contiguous():
-            return _linear_cpp(getattr(library, _FUNCTIONS[weight.dtype]), x, weight)
+            out = _linear_cpp(getattr(library, _FUNCTIONS[weight.dtype]), x, weight)
+            return out.to(x.dtype) if rounds else out
     if trains(x, weight):
         return LinearProduct.apply(x, weight)
     return F.linear(x, weight)
@@ -44,4 +46,4 @@ def _linear_cpp(function: Callable[..., None], x: Tensor, weight: Tensor) -> Ten
     rows, pointers = inputs.numel() // in_size, (inputs.data_ptr(), weight.data_ptr(), out.data_ptr())
     num_threads = torch.get_num_threads() if rows * weight.numel() >= _PARALLEL_PRODUCTS else 1
     function(*pointers, rows, in_size, out_size, num_threads)
-    return out.to(x.dtype)
+    return out

@@ -154,11 +154,12 @@ def quantize_rows(values: Tensor) -> Quantized:
     return Quantized(numbers.nan_to_num().to(torch.int8).flatten(1), largest.squeeze(-1) / 127 + poison)
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out] in x's dtype; summed in float32. There are no gradients."""
+def quantized_linear(x: Tensor, weight: QuantizedWeight, rounds: bool = True) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out], summed in float32, and in x's dtype if it `rounds`. There are no
+    gradients."""
     library = load_library()
     if library is None:
-        return quantized_linear_torch(x, weight)
+        return quantized_linear_torch(x, weight, rounds)
     inputs = x.detach().float().contiguous()
     out = torch.empty(*x.shape[:-1], weight.out_size)
     num_rows = inputs.numel() // weight.in_size
@@ -166,15 +167,16 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     num_threads = torch.get_num_threads() if num_rows * weight.numel() >= _PARALLEL_PRODUCTS else 1
     pointers = (tensor.data_ptr() for tensor in (inputs, weight.words, weight.scales, out))
     library.quantized_linear_float32(*pointers, *sizes, num_threads)
-    return out.to(x.dtype)
+    return out.to(x.dtype) if rounds else out
 
 
-def quantized_linear_torch(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def quantized_linear_torch(x: Tensor, weight: QuantizedWeight, rounds: bool = True) -> Tensor:
     """The law: see `quantized_linear`. The fused multiply-add is rounded twice, from float64 the second time."""
     rows = quantize_rows(x.detach().reshape(-1, weight.in_size))
     parts = torch.arange(weight.out_size).split(_LAW_OUTPUTS)
     out = torch.cat([_multiply(rows, weight.load(part)) for part in parts], dim=-1)
-    return out.view(*x.shape[:-1], weight.out_size).to(x.dtype)
+    out = out.view(*x.shape[:-1], weight.out_size)
+    return out.to(x.dtype) if rounds else out
 
 
 def _multiply(rows: Quantized, weight: Quantized) -> Tensor:

@@ -126,14 +126,14 @@ class Qwen35(nn.Module):
         return self.project(hidden).to(self.norm.scale.dtype)
 
     def project(self, hidden: Tensor, tokens: tuple[int, int] | None = None) -> Tensor:
-        """Logits [..., V] as the output head gives them, or [..., n] of the n tokens from the first of `tokens` to the
-        one before the second."""
+        """Logits [..., V] as the output head gives them, as wide as it sums them on a CPU, or [..., n] of the n tokens
+        from the first of `tokens` to the one before the second."""
         weight: Weight = self.lm_head.weight
         if tokens is not None:
             weight = weight.outputs(*tokens) if isinstance(weight, QuantizedWeight) else weight[slice(*tokens)]
         is_decode = hidden.device.type == "cpu" and hidden.dim() == 2 and not torch.is_grad_enabled()
         parts = hidden.split(MAX_ROWS) if is_decode else (hidden,)  # a row's bits do not depend on the others
-        logits = [linear(part, weight) for part in parts]
+        logits = [linear(part, weight, rounds=not is_decode) for part in parts]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def forget_addresses(self) -> None:

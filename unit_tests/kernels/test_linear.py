@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from kernels.cpu.library import load_library
 from kernels.linear import MAX_ROWS, linear
+from kernels.quantized_linear import QuantizedWeight, quantized_linear_torch
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-13}
@@ -36,6 +37,22 @@ def test_a_row_gives_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     for count in (1, 2, 3, 5, 8):
         assert torch.equal(linear(x[:count], weight), together[:count])
     assert torch.equal(linear(x[-1:], weight), together[-1:])
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_sums_are_rounded_unless_they_are_wanted_as_they_are() -> None:
+    x, weight = draw(5, 257, dtype=torch.bfloat16), draw(131, 257, dtype=torch.bfloat16, seed=1)
+    sums = linear(x, weight, rounds=False)
+    assert sums.dtype == torch.float32 and torch.equal(sums.bfloat16(), linear(x, weight))
+    torch.testing.assert_close(sums, F.linear(x.float(), weight.float()), rtol=1e-5, atol=1e-5)
+    for bits in (8, 4):
+        quantized = QuantizedWeight((131, 257), bits, torch.bfloat16)
+        quantized.store(torch.arange(131), weight)
+        sums = linear(x, quantized, rounds=False)
+        assert sums.dtype == torch.float32 and torch.equal(sums.bfloat16(), linear(x, quantized))
+        law = quantized_linear_torch(x, quantized, rounds=False)
+        assert law.dtype == torch.float32 and torch.equal(law.bfloat16(), quantized_linear_torch(x, quantized))
 
 
 @torch.inference_mode()
