@@ -172,7 +172,9 @@ class Drafter:
             states = torch.cat([history.hidden[rows_of, past % HISTORY_LEN], states])
         last = rows.last[chosen] + to_device(shifts, device)
         picked = ForwardBatch(next_ids[source], positions[source], tuple(counts), view.pick(order))
-        return _Extension(works, chosen, picked, picked.token_ids, states[source], last, rows.known[chosen])
+        return _Extension(
+            works, chosen, picked, picked.token_ids, states.index_select(0, source), last, rows.known[chosen]
+        )
 
 
 def _is_simple(sampling: SamplingParams) -> bool:
