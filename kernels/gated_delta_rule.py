@@ -127,7 +127,7 @@ def fold_recorded(state: Tensor, recorded: DeltaRing, count: Tensor, out: Tensor
         out.copy_(fold_recorded_torch(state, recorded, count))
         return
     k, u, alpha = (part.contiguous() for part in recorded)
-    assert state[0].is_contiguous() and out[0].is_contiguous()
+    assert state[0].is_contiguous() and out[0].is_contiguous() and int(count) <= k.shape[1]
     sizes = (len(state), k.shape[2], *state.shape[1:], k.shape[1], state.stride(0), out.stride(0))
     function = library.fold_recorded_float32 if state.dtype == torch.float32 else library.fold_recorded_float64
     num_threads = torch.get_num_threads() if state.numel() >= _PARALLEL_NUMBERS else 1

@@ -29,7 +29,7 @@ ENGINE = "server.engine:Engine"
 # How long an idle engine sleeps before it looks whether its parent still lives.
 _IDLE_SECONDS = 0.5
 # Tokens that nobody reads before the last one are kept back for so long: telling each costs both processes more than a
-# small model's step. If their request is ended meanwhile, they are lost.
+# small model's step. If their client ends the request meanwhile, they are lost.
 KEEP_SECONDS = 0.1
 
 log = logging.getLogger("tandem.engine")

@@ -212,8 +212,8 @@ class TokenOutput:
     of the request; a stop token ends `token_ids` and is named by `stop_token_id` (None for eos). The counts are running
     totals of the request: verify steps run, drafts proposed, drafts accepted; `num_cached` prompt tokens were reused,
     and `queue_seconds` passed before the request got its first row.
-    Of one step's tokens all that are accepted drafts come first. Where there may be several steps, `drafted_steps` has
-    the drafts proposed and accepted of each that had any, and the first of them ended `age` seconds ago.
+    Of one step's tokens all that are accepted drafts come first. Where there may be several steps, the first of them
+    ended `age` seconds ago, and `drafted_steps` has the drafts proposed and accepted of each that had any.
     `prompt_logprobs`, if asked for, come with the first output, one entry per prompt token from the second on.
     """
 

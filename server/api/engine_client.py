@@ -237,7 +237,8 @@ class Outputs:
     def end(self, request_id: str) -> None:
         """Add an output that ends one of the requests where it is."""
         last = self._last.get(request_id, TokenOutput(request_id, []))
-        self.put(replace(last, token_ids=[], logprobs=[], prompt_logprobs=[], finish_reason=FINISH_ABORT))
+        told = replace(last, token_ids=[], logprobs=[], prompt_logprobs=[], drafted_steps=[], age=0.0)
+        self.put(replace(told, finish_reason=FINISH_ABORT))
 
     def abort(self, request_id: str) -> None:
         """End one of the requests early."""

@@ -123,7 +123,7 @@ class Scheduler(Admission):
         request.logprobs += outcome.logprobs[index][: len(emitted)]
         if finish_reason is not None:
             self._end(request, keeps_state=is_current and len(emitted) == accept_len)
-        elif request.told_whole:
+        elif request.told_whole and not request.scores:  # an answer to scores is no good without them
             request.keep_back(self.clock())
             return None
         return request.make_output(finish_reason, self.clock())
@@ -229,14 +229,14 @@ class Scheduler(Admission):
     def _cut_chunks(self, widths: list[int]) -> list[tuple[Request, int]]:
         """Who computes known tokens in this step, and up to where, beside requests that decode so many tokens each."""
         waiting = [request for request in self.running if not request.is_decoding]
-        room = self.limits.chunked_prefill_size
+        room, most_joint = self.limits.chunked_prefill_size, self.limits.max_joint_tokens
         budget = self._pace.budget(widths, len(waiting), room)
+        room = min(room, most_joint) if budget <= most_joint else room
         chunks = []
         for request in waiting:
             if budget > 0:
                 start, rest = request.num_computed, request.num_known - request.num_computed
-                longest = room if budget > self.limits.max_joint_tokens else self.limits.max_joint_tokens
-                is_short = rest < 1.5 * budget and rest <= min(room, longest)
+                is_short = rest < 1.5 * budget and rest <= room
                 size = rest if is_short else budget  # a short rest is not worth a pass of its own
                 end = min([start + size, request.num_known, *(cut for cut in request.cuts if cut > start)])
                 chunks.append((request, end))

@@ -1,10 +1,12 @@
 """The engine loop over a real channel, with a fake engine."""
 
 import asyncio
+import itertools
 import logging
 import multiprocessing
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tqdm
@@ -13,9 +15,19 @@ from server import engine_process
 from server.channel import AsyncEnd
 from server.config import ENGINE_ENVIRONMENT, EngineConfig
 from server.control import Control, Pause, Resume
-from server.engine_process import run, take_turn
-from server.messages import Abort, EngineStats, Fatal, Generate, Ready, SamplingParams, StepReport
-from unit_tests.server.fake_engine import RAISE_ID, REFUSE_ID, FakeEngine
+from server.engine_process import KEEP_SECONDS, run, take_turn
+from server.messages import (
+    Abort,
+    EngineStats,
+    Fatal,
+    Generate,
+    Ready,
+    Reply,
+    Request,
+    SamplingParams,
+    StepReport,
+)
+from unit_tests.server.fake_engine import LONG_ID, RAISE_ID, REFUSE_ID, FakeEngine
 
 FAKE = "unit_tests.server.fake_engine:FakeEngine"
 
@@ -177,3 +189,28 @@ def test_what_is_kept_back_is_told_when_the_engine_has_no_work_any_more() -> Non
     engine.has_work = lambda: False  # type: ignore[method-assign]
     report = take_turn(engine, [Pause("p")])
     assert report is not None and [output.token_ids for output in report.outputs] == [[5, 6, 7]]
+
+
+class ScriptedChannel:
+    """Brings messages turn by turn, and remembers what is sent."""
+
+    def __init__(self, *turns: list[Request]):
+        self._turns = list(turns)
+        self.sent: list[Reply] = []
+
+    def receive(self, timeout_seconds: float) -> list[Request]:
+        return self._turns.pop(0) if self._turns else []
+
+    def send(self, message: Reply) -> None:
+        self.sent.append(message)
+
+
+def test_what_is_kept_back_is_told_every_tenth_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments, lives = itertools.count(), iter([True] * 12 + [False])
+    monkeypatch.setattr(engine_process, "time", SimpleNamespace(monotonic=lambda: next(moments) * KEEP_SECONDS / 4))
+    monkeypatch.setattr(engine_process, "_parent_lives", lambda: next(lives))
+    channel = ScriptedChannel([Generate("a", [LONG_ID, 5], SamplingParams(), told_whole=True)])
+    engine_process.serve(FakeEngine(EngineConfig(mtp_step=0)), channel)  # type: ignore[arg-type]
+    reports = [message for message in channel.sent if isinstance(message, StepReport)]
+    assert [len(output.token_ids) for report in reports for output in report.outputs] == [4, 4, 4]
+    assert len(reports) == 3

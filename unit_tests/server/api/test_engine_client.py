@@ -79,6 +79,20 @@ def test_requests_are_found_by_name_and_end_with_the_counts_they_have(make_servi
     assert client.num_in_flight == 0 and client._names == {}
 
 
+def test_an_end_repeats_no_step_that_was_told(make_serving) -> None:
+    client = make_serving().client
+
+    async def talk() -> list[TokenOutput]:
+        with client.submit([_generate("a")], ["x"]) as outputs:
+            outputs.put(TokenOutput("a", [5, 6], num_proposed=2, num_accepted=1, drafted_steps=[(2, 1)], age=0.1))
+            client.end(["a"])
+            return [output async for output in outputs]
+
+    _, last = asyncio.run(talk())
+    assert last.finish_reason == "abort" and (last.num_proposed, last.num_accepted) == (2, 1)
+    assert (last.token_ids, last.drafted_steps, last.age) == ([], [], 0.0)
+
+
 def test_a_request_ends_before_its_first_output_too(make_serving) -> None:
     client = make_serving().client
 

@@ -376,14 +376,19 @@ def test_what_is_less_than_a_chunk_and_a_half_is_computed_in_one(
     assert sizes == expected
 
 
-@pytest.mark.parametrize(("length", "expected"), [(26, [26]), (28, [20, 8]), (30, [20, 10])])
-def test_what_is_less_than_a_chunk_and_a_half_may_not_be_too_long_to_share_a_pass(
-    length: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([26], [26]), ([28], [20, 8]), ([30], [20, 10]), ([10, 14], [24]), ([10, 18], [20, 8]), ([21, 7], [21, 7])],
+)
+def test_what_is_less_than_a_chunk_and_a_half_may_not_make_a_pass_too_long_to_share(
+    lengths: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = make_scheduler(chunked_prefill_size=64, num_pages=1000, max_joint_tokens=27)
     monkeypatch.setattr(scheduler._pace, "budget", lambda _widths, _waiting, _most: 20)
-    scheduler.add(make_request("a", length))
-    assert [sum(counts(play(scheduler)[0])) for _ in expected] == expected
+    for number, length in enumerate(lengths):
+        scheduler.add(make_request(f"{number}", length))
+    sizes = [sum(counts(batch)) for _ in expected for batch in play(scheduler) if not batch.is_verify]
+    assert sizes == expected
 
 
 def test_chunks_follow_limits_that_are_replaced() -> None:

@@ -1,8 +1,9 @@
 """Answers that nobody reads before their end."""
 
 import math
+from dataclasses import replace
 
-from server.messages import Generate, SamplingParams, TokenOutput
+from server.messages import Generate, SamplingParams, TokenLogprobs, TokenOutput
 from server.request import Request
 from unit_tests.server.router.test_scheduler import EOS, answer, make_scheduler, play
 
@@ -49,3 +50,18 @@ def test_what_was_kept_back_is_told_by_whatever_ends_a_request_here() -> None:
         ("late", [1]),
         ("ended", [1]),
     ]
+
+
+def test_scores_of_a_prompt_are_told_with_the_first_token() -> None:
+    scheduler = make_scheduler()
+    sampling = SamplingParams(max_tokens=8, prompt_logprobs=0)
+    message = Generate("scored", [1, 2, 3], sampling, told_whole=True)
+    scheduler.add(Request.create(message, (EOS,), max_model_len=64))
+    planned = scheduler.schedule()
+    assert planned is not None
+    scores = [TokenLogprobs(-1.0, [2], [-1.0]), TokenLogprobs(-2.0, [3], [-2.0])]
+    outcomes = [replace(answer(batch, 1), prompt_logprobs=[scores]) for batch in planned.batches]
+    (told,) = scheduler.collect(planned, outcomes)
+    assert isinstance(told, TokenOutput) and (told.token_ids, told.prompt_logprobs) == ([1], scores)
+    play(scheduler)
+    assert [output.token_ids for output in scheduler.tell()] == [[1]]
