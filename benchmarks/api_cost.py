@@ -185,7 +185,7 @@ class IdleStreams:
                 opened = min(first + _BURST, self._count)
                 for _ in range(first, opened):
                     stack.enter_context(self._open())
-                self._wait(lambda waiting, opened=opened: waiting >= (1 - _LOSS) * opened)  # type: ignore[misc]
+                self._wait(lambda waiting, opened=opened: waiting >= opened - _LOSS * self._count)  # type: ignore[misc]
             yield
         self._wait(lambda waiting: waiting < self._count / 2)
 
