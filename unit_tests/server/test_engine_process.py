@@ -42,14 +42,13 @@ def test_a_turn_without_work_and_messages_says_nothing() -> None:
 
 
 def test_an_abort_alone_gives_a_report_so_that_the_gauges_fall() -> None:
-    engine = FakeEngine(EngineConfig())
-    report = take_turn(engine, [_generate("a", [5, 6, 7])])
-    assert report is not None
-    assert report.stats.num_running == 1
-    report = take_turn(engine, [Abort("a")])
-    assert report is not None
-    assert report.stats.num_running == 0
-    assert report.outputs == []
+    engine = FakeEngine(EngineConfig(mtp_step=0))
+    whole = [Generate(name, [5] * 9, SamplingParams(max_tokens=9), told_whole=True) for name in "ab"]
+    assert take_turn(engine, whole) is None
+    for name, num_left in (("a", 1), ("b", 0)):
+        report = take_turn(engine, [Abort(name)])
+        assert report is not None
+        assert (report.stats.num_running, report.outputs) == (num_left, [])
 
 
 def test_requests_that_come_while_there_is_work_are_told_of_later_others_at_once() -> None:

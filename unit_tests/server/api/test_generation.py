@@ -27,6 +27,14 @@ def _choice(tokenizer: Tokenizer, metrics: Metrics, sampling: SamplingParams) ->
     return Choice(3, Detokenizer(tokenizer, sampling), metrics.start_request(5, sampling, 1))
 
 
+def test_the_first_token_was_there_as_long_ago_as_the_engine_says(tokenizer: Tokenizer, metrics: Metrics) -> None:
+    choice = _choice(tokenizer, metrics, SamplingParams())
+    choice.take(TokenOutput("r", [5, 6, 7], num_steps=2, age=5.0))
+    assert choice.clock.decode_seconds is not None
+    choice.take(TokenOutput("r", [8], num_steps=3))
+    assert 5.0 <= choice.clock.decode_seconds < 6.0
+
+
 def test_an_output_becomes_a_delta_with_its_text(tokenizer: Tokenizer, metrics: Metrics) -> None:
     ids = tokenizer.encode("the fox")
     delta = _choice(tokenizer, metrics, SamplingParams()).take(TokenOutput("r", ids))
