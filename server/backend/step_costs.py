@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from models.forward_batch import ForwardBatch
 from server.backend.batch import build_forward_batch
@@ -17,9 +18,45 @@ from server.request import Batch, Request, Work
 
 # Tokens that the measured requests have in the cache, if the longest request may have as many.
 _CONTEXT_LEN = 256
-_MIN_ROUNDS, _MAX_ROUNDS, _ROUND_SECONDS = 2, 7, 0.03
+# Rounds over all sizes, after one to warm up.
+_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 2, 20, 1.0
 
 Costs = tuple[dict[tuple[int, int], float], dict[int, float], dict[tuple[int, int], float], dict[int, float]]
+_Result = TypeVar("_Result")
+
+
+class _Stopwatch:
+    """The least seconds that each kind of pass took, by its name and size.
+
+    Rounds go over all sizes: a bad moment of the machine then falls on one round of many sizes and not on all of one,
+    which would look dear beside the others for as long as the server runs.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[str, int, int], float] = {}
+
+    def rounds(self) -> Iterator[None]:
+        """Count what is timed in each; the first one is forgotten."""
+        start = time.perf_counter()
+        for number in trange(1 + _MAX_ROUNDS, desc="Measuring steps", unit="round"):
+            if number > _MIN_ROUNDS and time.perf_counter() - start > _SECONDS:
+                return
+            yield
+            if number == 0:
+                self.seconds.clear()
+
+    def time(self, name: str, batch_size: int, width: int, function: Callable[[], _Result]) -> _Result:
+        """Run it once, to its end on the device."""
+        start = time.perf_counter()
+        result = function()
+        _wait_for_device()
+        key, seconds = (name, batch_size, width), time.perf_counter() - start
+        self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
+        return result
+
+    def grid(self, name: str) -> dict[tuple[int, int], float]:
+        """Seconds of the passes of this name, by (batch size, width)."""
+        return {(size, width): seconds for (kind, size, width), seconds in self.seconds.items() if kind == name}
 
 
 @torch.inference_mode()
@@ -27,56 +64,58 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
     """Seconds of a verify pass by (requests, tokens of each), of one more draft by requests, and of the draft head's
     first call by (requests, tokens of each); and of a whole step by requests in which half of them (rounded down) run
     and want one draft, the others none. Rows and the padding page are used for it and left as new ones are."""
-    if runner.decode is not None:
-        return _measure_decode(runner, runner.decode, mtp_step)
-    table, drafter = runner.table, runner.drafter
-    assert drafter is not None
     batches = list(_batch_sizes(runner.plan.limits.max_running_requests))
     widths = sorted({1, 2, mtp_step + 1})
-    verify: dict[tuple[int, int], float] = {}
-    extend: dict[tuple[int, int], float] = {}
-    draft: dict[int, float] = {}
-    mixed: dict[int, float] = {}
-    for batch_size in tqdm(batches, desc="Measuring steps", unit="batch size"):
-        for width in widths:
-            batch = _make_batch(batch_size, width, 1)
-            _place(runner, batch_size)
-            verify[batch_size, width] = _time(partial(_verify, runner, batch))
-            hidden, sampled, forward = _verify(runner, batch)
-            extend[batch_size, width] = _time(partial(drafter.propose, hidden, sampled, forward, batch))
-        deep = _make_batch(batch_size, width, min(2, mtp_step))
-        both = _time(partial(drafter.propose, hidden, sampled, forward, deep))
-        draft[batch_size] = max(0.0, both - extend[batch_size, width])
-        if batch_size > 1:
-            mixed[batch_size] = _time(
-                partial(_step, runner, _make_mixed_batch(batch_size, runner.plan.limits.max_behind > 0))
-            )
-    for row in range(1, batches[-1] + 1):
-        table.cache.gdn.reset(row)
-    return verify, draft, extend, mixed
-
-
-def _measure_decode(runner: Runner, decode: Decode, mtp_step: int) -> Costs:
-    """The same where a decode step is one piece of work of the device, in which the draft head always runs over all
-    rows: that is part of `verify` here, and `extend` is what the first draft adds."""
-    batches = list(_batch_sizes(runner.plan.limits.max_running_requests))
-    verify, draft, extend, mixed = {}, {}, {}, {}
-
-    def run(batch_size: int, width: int, num_drafts: int) -> float:
-        _place(runner, batch_size)
-        return _time(partial(decode.run, _make_batch(batch_size, width, num_drafts)))
-
-    for batch_size in tqdm(batches, desc="Measuring steps", unit="batch size"):
-        for width in sorted({1, 2, mtp_step + 1}):
-            verify[batch_size, width] = run(batch_size, width, 0)
-            extend[batch_size, width] = max(0.0, run(batch_size, width, 1) - verify[batch_size, width])
-        chain = run(batch_size, width, mtp_step) - verify[batch_size, width] - extend[batch_size, width]
-        draft[batch_size] = max(0.0, chain / max(1, mtp_step - 1))
-        if batch_size > 1:
-            mixed[batch_size] = run(batch_size, 2, 1)
+    measure = _measure_parts if runner.decode is None else partial(_measure_decode, runner.decode)
+    costs = measure(runner, mtp_step, batches, widths)
     for row in range(1, batches[-1] + 1):
         runner.table.cache.gdn.reset(row)
-    return verify, draft, extend, mixed
+    return costs
+
+
+def _measure_parts(runner: Runner, mtp_step: int, batches: list[int], widths: list[int]) -> Costs:
+    drafter, watch, can_idle = runner.drafter, _Stopwatch(), runner.plan.limits.max_behind > 0
+    assert drafter is not None
+    _place(runner, batches[-1])
+    for _ in watch.rounds():
+        for size in batches:
+            for width in widths:
+                batch, deep = (_make_batch(size, width, num_drafts) for num_drafts in (1, min(2, mtp_step)))
+                results = watch.time("verify", size, width, partial(_verify, runner, batch))
+                watch.time("extend", size, width, partial(drafter.propose, *results, batch))
+            watch.time("deep", size, width, partial(drafter.propose, *results, deep))
+            if size > 1:
+                watch.time("mixed", size, 1, partial(_step, runner, _make_mixed_batch(size, can_idle)))
+    extend, mixed = watch.grid("extend"), {size: seconds for (size, _), seconds in watch.grid("mixed").items()}
+    draft = {size: max(0.0, both - extend[size, width]) for (size, width), both in watch.grid("deep").items()}
+    return watch.grid("verify"), draft, extend, mixed
+
+
+def _measure_decode(decode: Decode, runner: Runner, mtp_step: int, batches: list[int], widths: list[int]) -> Costs:
+    """The same where a decode step is one piece of work of the device, in which the draft head always runs over all
+    rows: that is part of `verify` here, and `extend` is what the first draft adds."""
+    watch = _Stopwatch()
+
+    def run(name: str, size: int, width: int, num_drafts: int) -> None:
+        _place(runner, size)
+        _wait_for_device()
+        watch.time(name, size, width, partial(decode.run, _make_batch(size, width, num_drafts)))
+
+    for _ in watch.rounds():
+        for size in batches:
+            for width in widths:
+                run("verify", size, width, 0)
+                run("both", size, width, 1)
+            run("deep", size, width, mtp_step)
+            if size > 1:
+                run("mixed", size, 2, 1)
+    verify, both = watch.grid("verify"), watch.grid("both")
+    extend = {key: max(0.0, seconds - verify[key]) for key, seconds in both.items()}
+    draft = {
+        size: max(0.0, (deep - verify[size, width] - extend[size, width]) / max(1, mtp_step - 1))
+        for (size, width), deep in watch.grid("deep").items()
+    }
+    return verify, draft, extend, {size: seconds for (size, _), seconds in watch.grid("mixed").items()}
 
 
 def _batch_sizes(most: int) -> Iterator[int]:
@@ -124,18 +163,6 @@ def _verify(runner: Runner, batch: Batch) -> tuple[torch.Tensor, Sampled, Forwar
     runner.table.commit(forward, no_tokens, sampled.token_ids[:, :0], no_tokens)
     runner.table.accept_len[: len(batch.works) + 1] = 1
     return hidden, sampled, forward
-
-
-def _time(function: Callable[[], object]) -> float:
-    """Seconds of one call: the least of several, after one to warm up."""
-    function()
-    seconds: list[float] = []
-    while len(seconds) < _MIN_ROUNDS or (len(seconds) < _MAX_ROUNDS and sum(seconds) < _ROUND_SECONDS):
-        start = time.perf_counter()
-        function()
-        _wait_for_device()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _wait_for_device() -> None:

@@ -26,10 +26,16 @@ _SERVER_WEIGHT = 0.01
 _PROBE_SHARE = 0.005
 _MAX_PROBE_BUDGET = 0.1
 _GAIN_WEIGHT = 0.02
-# How fast what steps really cost, over what the table says, is learned: from plain steps; as a whole from steps with
-# drafts, which may also be dearer than the table says; and what drafts add, within bounds relative to plain steps.
-_PLAIN_WEIGHT, _BLAME_WEIGHT, _MAX_JUMP = 0.1, 0.003, 4.0
+# How fast what steps really cost, over what the table says, is learned: from plain steps that come all the time or now
+# and then; and what drafts add, within bounds relative to plain steps. A jump too high says nothing of the machine:
+# something was compiled.
+_PLAIN_WEIGHT, _RARE_PLAIN_WEIGHT, _MAX_PLAIN_JUMP, _MAX_JUMP = 0.1, 0.4, 2.0, 4.0
 _DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.1, 6.0)
+# Where drafts pay, plans until a plain step is tried for its cost: at first, and at most. What a verify step takes says
+# nothing of plain ones, and drafts that seem to pay because the table has these too dear would never be found out.
+_FIRST_PLAIN_INTERVAL, _MAX_PLAIN_INTERVAL = 8, 512
+# Plans without drafts until a step has neither old nor new ones.
+_PLAIN_PLANS = 2
 # What so many steps with drafts showed counts as much as the table; each plain step since takes a share of it away. The
 # machine may have been busy when it was measured.
 _TABLE_STEPS, _MEMORY = 5, 0.998
@@ -187,7 +193,8 @@ class Planner:
     happens only where it would pay if it were accepted every time and as cheap as the steps of late leave room for, and
     rather for several requests in one step: the draft head and a wider verify cost much for the first of them and
     little for the others. Who has waited half its interval joins the first that must. What probes cost together is
-    bounded by _PROBE_SHARE: what the table says, or where only probes draft, what their steps really took.
+    bounded by _PROBE_SHARE: what the table says, or where only probes draft, what their steps really took. Plain steps
+    are tried, too, ever more rarely, where drafts pay.
 
     `requests_per_depth[d]` counts how often a request was given d drafts; `measured_gain` explains `plain_factor`.
     """
@@ -199,6 +206,7 @@ class Planner:
         self.plain_factor = 1.0  # what plain steps really cost, over what the table says
         self._added = self._excess = 0.0  # seconds that drafts add to a step: by the table, and on a machine like it
         self._num_seen = 0.0  # steps that showed it, of late
+        self._num_drafting, self._plain_interval = 0, _FIRST_PLAIN_INTERVAL  # plans since the last plain one
         self._overhead = 0.0  # the host's between two steps, an average
         self._probe_budget = 0.0
         self._is_plain = True  # the last plan wanted no drafts but those of probes
@@ -217,9 +225,8 @@ class Planner:
     def measured_gain(self) -> float:
         """Tokens per second as they came, over plain decoding on the machine as it is now; 1.0 before the first step.
 
-        What a plain step costs now is its cost at start-up times `plain_factor`. Plain steps show it at once. Where
-        every step has drafts nobody can tell a slower machine from drafts that cost more than the table says: within
-        some hundred steps both are taken to be slower alike, so that the gain tells of tokens rather than seconds then.
+        What a plain step costs now is its cost at start-up times `plain_factor`, which plain steps show. Where drafts
+        pay these are rare: a machine that gets slower is noticed within some hundred steps.
         """
         return self._measured.value
 
@@ -237,6 +244,8 @@ class Planner:
         depths = self._recall(self._costs, survivals, tuple(limits)).copy()
         self._add_probes(self._costs, requests, survivals, limits, depths)
         self._idle_requests = [] if any(depths) else list(requests)
+        if self._must_try_plain(depths):
+            depths = [0] * len(depths)
         return self._count(self._promise(self._costs, survivals, depths))
 
     def forget(self) -> None:
@@ -251,6 +260,14 @@ class Planner:
             return False
         self._num_repeated += 1
         return True
+
+    def _must_try_plain(self, depths: list[int]) -> bool:
+        """Whether it is time for a step without the drafts that seem to pay."""
+        self._num_drafting = self._num_drafting + 1 if any(depths) else 0
+        if self._num_drafting == self._plain_interval + _PLAIN_PLANS:
+            self._num_drafting, self._plain_interval = 0, min(2 * self._plain_interval, _MAX_PLAIN_INTERVAL)
+            return True
+        return self._num_drafting > self._plain_interval
 
     def _count(self, depths: list[int]) -> list[int]:
         for depth in depths:
@@ -289,10 +306,13 @@ class Planner:
         plain = self._costs.verify(batch)[0]
         has_drafts = any(depths) or max(widths) > 1
         if has_drafts and self._is_plain:
-            lost = self._bound(seconds / plain) / self.plain_factor - num_committed / batch
+            lost = min(seconds / plain / self.plain_factor, _MAX_JUMP) - num_committed / batch
             self._probe_budget -= max(0.0, lost)
         if not has_drafts:
-            self.plain_factor += _PLAIN_WEIGHT * (self._bound(seconds / plain) - self.plain_factor)
+            weight = _PLAIN_WEIGHT if self._is_plain else _RARE_PLAIN_WEIGHT
+            self.plain_factor += weight * (
+                min(seconds / plain, _MAX_PLAIN_JUMP * self.plain_factor) - self.plain_factor
+            )
             self._num_seen *= _MEMORY
         elif is_typical or not self._is_plain:
             self._learn_drafting(self._costs, plain, self._costs.added(widths, depths), seconds)
@@ -306,9 +326,7 @@ class Planner:
             self._costs.overhead = float(f"{self._overhead:.0e}")
 
     def _learn_drafting(self, costs: _Costs, plain: float, added: float, seconds: float) -> None:
-        """A step that the table says takes plain + added seconds. What plain steps do not explain is due to drafts; but
-        slowly a slower machine is believed too, or it would never be noticed where every step has drafts. A machine
-        that is faster than it ever was is not: the table was wrong then."""
+        """A step that the table says takes plain + added seconds. What plain steps do not explain is due to drafts."""
         low, high = _DRAFTING_BOUNDS
         excess = min(seconds / self.plain_factor - plain, high * added)
         # Averages of both rather than of their ratio: where drafts add little, what is measured is mostly noise.
@@ -321,16 +339,10 @@ class Planner:
         if self._added > 0:
             factor = min(max(self._excess / self._added, low), high)
             costs.drafting_factor = round(factor, 2)
-        load = max(self._bound(seconds / (plain + added)), min(self.plain_factor, 1.0))
-        self.plain_factor += _BLAME_WEIGHT * (load - self.plain_factor)
 
     def _hopeful_factor(self, costs: _Costs) -> float:
         """What drafts add may cost so little: the less was seen of it lately, the less is known of it."""
         return costs.drafting_factor * self._num_seen / (self._num_seen + _TABLE_STEPS)
-
-    def _bound(self, factor: float) -> float:
-        """A step in which something was compiled says nothing of the machine."""
-        return min(factor, _MAX_JUMP * self.plain_factor)
 
     def _acceptance(self, request: SpeculationState) -> Acceptance:
         if request.acceptance is None:

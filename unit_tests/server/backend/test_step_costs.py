@@ -1,6 +1,7 @@
 """The measured costs are a complete grid of numbers, and nothing of the measuring is left in the engine."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from server.backend import step_costs
 from server.backend.runner import Runner, build_runner
-from server.backend.step_costs import measure_costs
+from server.backend.step_costs import _Stopwatch, measure_costs
 from server.config import EngineConfig
 from server.engine import Engine
 from server.messages import SamplingParams
@@ -29,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """How exact the numbers are is not asked here."""
-    monkeypatch.setattr(step_costs, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(step_costs, "_SECONDS", 0.0)
 
 
 def make_runner(checkpoint: Path, **settings: object) -> Runner:
@@ -76,14 +77,15 @@ def test_the_measured_passes_have_the_widths_and_depths_that_they_stand_for(
     times = iter(range(10**6))
     seen: dict[int, list[int]] = {}
 
-    def count(function: object) -> float:
+    def count(watch: _Stopwatch, name: str, batch_size: int, width: int, function: Callable[[], object]) -> object:
         calls.clear()
-        function()  # type: ignore[operator]
+        result = function()
         number = next(times)
         seen[number] = calls.copy()
-        return float(number)
+        watch.seconds[name, batch_size, width] = float(number)
+        return result
 
-    monkeypatch.setattr(step_costs, "_time", count)
+    monkeypatch.setattr(_Stopwatch, "time", count)
     verify, draft, extend, mixed = measure_costs(runner, 3)
     for (batch, width), number in verify.items():
         assert seen[int(number)] == [batch * width]
@@ -94,6 +96,27 @@ def test_the_measured_passes_have_the_widths_and_depths_that_they_stand_for(
     for batch, number in mixed.items():
         half = batch // 2
         assert seen[int(number)] == [batch + half, 2 * half], "half of them with a draft, in both heads"
+
+
+def test_a_bad_moment_of_the_machine_is_on_no_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock runs five times as fast for a while after the warm-up, in which everything takes long."""
+    now, sizes = 0.0, [1, 2, 4, 8, 16]
+    monkeypatch.setattr(step_costs, "_SECONDS", 1.0)
+    monkeypatch.setattr(step_costs.time, "perf_counter", lambda: now)
+
+    def work(size: int) -> int:
+        nonlocal now
+        seconds = 1e-4 * size
+        now += 100 * seconds if now < 0.3 else 5 * seconds if 0.32 < now < 0.35 else seconds
+        return size
+
+    watch, num_rounds = _Stopwatch(), 0
+    for _ in watch.rounds():
+        num_rounds += 1
+        assert [watch.time("verify", size, 1, lambda size=size: work(size)) for size in sizes] == sizes
+    assert num_rounds > 10
+    assert watch.grid("verify") == {(size, 1): pytest.approx(1e-4 * size) for size in sizes}
+    assert watch.grid("extend") == {}
 
 
 def test_measured_rows_are_those_of_empty_sequences_again(checkpoint: Path) -> None:

@@ -285,7 +285,8 @@ def test_a_position_that_was_refused_is_tried_again_behind_those_that_pay() -> N
     for _ in range(300):
         depths += planner.plan(states)
         planner.observe(states[0], depths[-1], depths[-1])
-    assert depths[0] == 2 and depths[-100:] == [3] * 100
+    assert depths[0] == 2 and [depth for depth in depths[-100:] if depth] == [3] * depths[-100:].count(3)
+    assert depths[-100:].count(3) >= 96
 
 
 def test_a_hopeless_request_is_hardly_ever_probed() -> None:
@@ -316,6 +317,25 @@ def test_a_table_that_was_measured_on_a_busy_machine_is_found_out(error: float) 
         simulation.run(1000, lambda index, probability=probability: probability)
         depths = simulation.run(500, lambda index, probability=probability: probability)
         assert sum(depth == best for depth in depths) > 400
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("error", [1.0, 2.0, 3.0])
+def test_a_machine_that_was_slow_when_it_was_measured_is_found_out_by_plain_steps(error: float, batch: int) -> None:
+    """Plain steps seem so dear that drafts pay, and then there are none that tell. Where they do pay, plain steps that
+    are tried for what they take cost next to nothing."""
+    truth = make_table()
+    verify = {key: seconds * error for key, seconds in truth.verify_seconds.items()}
+    wrong = CostTable(verify, truth.draft_seconds, truth.extend_seconds)
+    for probability in (0.3, 0.95):
+        simulation = Simulation(Planner(K, wrong, is_adaptive=True), truth, batch)
+        simulation.run(500, lambda _, probability=probability: probability)
+        start = simulation.num_tokens, simulation.seconds
+        simulation.run(1000, lambda _, probability=probability: probability)
+        speed = (simulation.num_tokens - start[0]) / (simulation.seconds - start[1])
+        gains = [sum(probability**j for j in range(depth + 1)) for depth in range(K + 1)]
+        fixed = [batch * gain / step_seconds(truth, [depth] * batch) for depth, gain in enumerate(gains)]
+        assert speed > 0.96 * max(fixed)
 
 
 def test_drafts_that_were_dear_for_a_while_come_back() -> None:
