@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import trange
 
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.word_problems import draw_problem
 from benchmarks.workload import Prompt, Served, accept_length, draw_tokens, serve_full
 from server.llm import LLM, SamplingParams
@@ -63,10 +63,9 @@ class Contender:
         """Median over the rounds."""
         return statistics.median(speeds[kind] for speeds in self.speeds)
 
-    def ratio(self, other: "Contender", kind: str) -> float:
-        """Median over the rounds of this one's speed over the other's in the same round."""
-        pairs = zip(self.speeds, other.speeds, strict=True)
-        return statistics.median(mine[kind] / theirs[kind] for mine, theirs in pairs)
+    def ratios(self, other: "Contender", kind: str) -> list[float]:
+        """This one's speed over the other's in each round."""
+        return [mine[kind] / theirs[kind] for mine, theirs in zip(self.speeds, other.speeds, strict=True)]
 
 
 def draw_requests(llm: LLM, args: argparse.Namespace, count: int, rng: random.Random) -> list[Prompt]:
@@ -149,8 +148,8 @@ def compare(batch: int, contenders: list[Contender]) -> list[dict[str, Any]]:
     for kind in ("all", *KINDS):
         best = max(fixed, key=lambda one: one.speed(kind))
         rows.append({"batch": batch, "requests": kind, "adaptive_tok_s": adaptive.speed(kind), "best": best.name})
-        rows[-1] |= {"best_tok_s": best.speed(kind), "adaptive_over_best": adaptive.ratio(best, kind)}
-        rows[-1]["adaptive_over_no_head"] = adaptive.ratio(no_head, kind)
+        rows[-1] |= {"best_tok_s": best.speed(kind), **spread("adaptive_over_best", adaptive.ratios(best, kind))}
+        rows[-1] |= spread("adaptive_over_no_head", adaptive.ratios(no_head, kind))
     return rows
 
 

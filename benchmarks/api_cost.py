@@ -33,7 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.openai_server import RunFailed, Server, one_line
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.serving.launch import launched_servers
 from benchmarks.word_problems import draw_problem
 from server.llm import LLM, SamplingParams
@@ -143,9 +143,9 @@ def take_turns(contestants: dict[str, Callable[[str], float]], num_rounds: int) 
     return speeds
 
 
-def median_ratio(speeds: Speeds, name: str, base: str) -> float:
-    """The median of the ratios of each round."""
-    return statistics.median(one / other for one, other in zip(speeds[name], speeds[base], strict=True))
+def ratios_of(speeds: Speeds, name: str, base: str) -> dict[str, float]:
+    """The median of the ratios of each round, with the least and the most."""
+    return spread("ratio", (one / other for one, other in zip(speeds[name], speeds[base], strict=True)))
 
 
 def measure_features(args: argparse.Namespace, flags: Sequence[str]) -> list[dict[str, Any]]:
@@ -166,9 +166,9 @@ def measure_features(args: argparse.Namespace, flags: Sequence[str]) -> list[dic
 
 
 def _row(speeds: Speeds, name: str, base: str, goal: float | None) -> dict[str, Any]:
-    ratio = median_ratio(speeds, name, base)
-    row = {"asked for": name, "tok/s": statistics.median(speeds[name]), "over": base, "ratio": ratio}
-    return {**row, "goal": goal or "-", "holds": "-" if goal is None else "yes" if ratio >= goal else "NO"}
+    ratios = ratios_of(speeds, name, base)
+    row = {"asked for": name, "tok/s": statistics.median(speeds[name]), "over": base, **ratios}
+    return {**row, "goal": goal or "-", "holds": "-" if goal is None else "yes" if ratios["ratio"] >= goal else "NO"}
 
 
 class IdleStreams:

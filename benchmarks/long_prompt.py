@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import trange
 
-from benchmarks.report import percentile, print_json, print_table
+from benchmarks.report import percentile, print_json, print_table, spread
 from server.llm import LLM, Generate, SamplingParams
 
 
@@ -71,22 +71,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             num_threads=args.num_threads,
         )
         serve_round(llm, args, has_long_prompt=True)
-        samples: dict[bool, dict[str, list[float]]] = {case: {"gaps": [], "chunk_steps": []} for case in (False, True)}
+        rounds: dict[bool, list[dict[str, list[float]]]] = {False: [], True: []}
         for number in trange(2 * args.rounds, desc=f"chunk {chunk_size}, slowdown {stream_slowdown:g}"):
             case = number % 2 == 1
-            for name, values in serve_round(llm, args, case).items():
-                samples[case][name] += values
-        for case, sample in samples.items():
+            rounds[case].append(serve_round(llm, args, case))
+        for case, samples in rounds.items():
             rows.append(
                 {
                     "chunk_size": chunk_size,
                     "stream_slowdown": stream_slowdown,
                     "long_prompt": args.long_prompt_len if case else 0,
-                    "itl_p50_ms": percentile(sample["gaps"], 50),
-                    "itl_p99_ms": percentile(sample["gaps"], 99),
-                    "itl_max_ms": max(sample["gaps"]),
-                    "longest_step_with_chunk_ms": max(sample["chunk_steps"], default=0.0),
-                    "steps_with_chunk": len(sample["chunk_steps"]) / args.rounds,
+                    **spread("itl_p50_ms", (percentile(sample["gaps"], 50) for sample in samples)),
+                    **spread("itl_p99_ms", (percentile(sample["gaps"], 99) for sample in samples)),
+                    **spread("longest_chunk_step_ms", (max(sample["chunk_steps"], default=0.0) for sample in samples)),
+                    "steps_with_chunk": sum(len(sample["chunk_steps"]) for sample in samples) / len(samples),
                 }
             )
     return rows

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.random_checkpoint import PRESETS, write_random_checkpoint
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.workload import Prompt, draw_tokens, serve
 from server.llm import LLM, SamplingParams
 
@@ -120,7 +120,7 @@ def describe_turn(name: str, turn: int, samples: list[dict[str, Any]]) -> dict[s
         "prompt": samples[0]["prompt"],
         "ttft_on_ms": 1e3 * statistics.median(sample["on"] for sample in samples),
         "ttft_off_ms": 1e3 * statistics.median(sample["off"] for sample in samples),
-        "off_over_on": statistics.median(sample["off"] / sample["on"] for sample in samples),
+        **spread("off_over_on", (sample["off"] / sample["on"] for sample in samples)),
         "cached": statistics.fmean(sample["cached"] for sample in samples),
         "reused_percent": 100 * statistics.fmean(sample["reused"] for sample in samples),
         "different": sum(sample["is_different"] for sample in samples),
@@ -185,7 +185,7 @@ def describe_workload(
         "cached_percent": 100 * cached / reusable,
         "tok_s_on": statistics.median(sample["on"]["speed"] for sample in samples),
         "tok_s_off": statistics.median(sample["off"]["speed"] for sample in samples),
-        "on_over_off": statistics.median(sample["on"]["speed"] / sample["off"]["speed"] for sample in samples),
+        **spread("on_over_off", (sample["on"]["speed"] / sample["off"]["speed"] for sample in samples)),
     }
 
 

@@ -87,7 +87,7 @@ def judge(named: dict[tuple[str, int, int], dict[str, float]], tolerance: float)
             "what": f"decode, batch {batch}" if batch else f"prefill, {_PREFILL_LEN} tokens",
             "mtp_step": mtp_step,
             **speeds,
-            "holds": speeds["ratio_high"] >= tolerance,
+            "holds": speeds["new_over_old_max"] >= tolerance,
         }
         for (model, batch, mtp_step), speeds in named.items()
     ]

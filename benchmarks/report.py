@@ -9,10 +9,11 @@ import argparse
 import json
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def print_json(benchmark: str, config: dict[str, Any], results: Any) -> str:
     line = json.dumps({**about, "results": results})
     print(line)
     return line
+
+
+def spread(name: str, values: Iterable[float]) -> dict[str, float]:
+    """The median of the rounds' values as `name`, with the least and the most of them as `name_min` and `name_max`."""
+    rounds = sorted(values)
+    return {name: statistics.median(rounds), f"{name}_min": rounds[0], f"{name}_max": rounds[-1]}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.openai_server import RunFailed, Server
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.serving.launch import launched_servers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def take_turns(rows: Sequence[Row], args: argparse.Namespace, vocab_size: int) -
             "row": row.name,
             "acceptance": row.accepted / row.proposed if row.proposed else 0.0,
             "tok_s": statistics.median(row.speeds),
-            "over_plain": statistics.median(mine / other for mine, other in zip(row.speeds, plain.speeds, strict=True)),
+            **spread("over_plain", (mine / other for mine, other in zip(row.speeds, plain.speeds, strict=True))),
             "same_tokens": row.tokens == plain.tokens,
         }
         for row in rows

@@ -98,8 +98,8 @@ def _compare(old: Version, new: Version, task: Task, num_rounds: int) -> dict[st
         "baseline_tok_s": statistics.median(before for before, _ in rounds),
         "tok_s": statistics.median(after for _, after in rounds),
         "new_over_old": statistics.median(after / before for before, after in rounds),
-        "ratio_low": low,
-        "ratio_high": high,
+        "new_over_old_min": low,
+        "new_over_old_max": high,
     }
 
 

@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.openai_server import RunFailed
 from benchmarks.peers.checkpoints import find_checkpoint
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.serving.launch import launched_servers
 
 PARTS = ("load", "times")
@@ -144,7 +144,7 @@ def measure_times(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
 
 
 def describe(way: str, updates: list[dict[str, Any]], streams: Streams) -> dict[str, Any]:
-    """One row: medians over the rounds; gaps in milliseconds."""
+    """One row: medians over the rounds, those that matter with their spread; gaps in milliseconds."""
     mine = [one for one in updates if one["way"] == way]
     during = [streams.within(one["begin"], one["end"]) for one in mine]
     usual = statistics.median(gap for gaps in during for gap in gaps)
@@ -153,14 +153,14 @@ def describe(way: str, updates: list[dict[str, Any]], streams: Streams) -> dict[
     return {
         "way": way,
         "mode": "/".join(dict.fromkeys(one["mode"] for one in mine)),
-        "update_seconds": statistics.median(one["update_seconds"] for one in mine),
+        **spread("update_seconds", (one["update_seconds"] for one in mine)),
         "publish_seconds": statistics.median(one["publish_seconds"] for one in mine),
         "write_seconds": statistics.median(one["write_seconds"] for one in mine),
         "quiet_gap_ms": 1e3 * quiet,
         "gap_ms": 1e3 * usual,
-        "commit_ms": 1e3 * statistics.median(one["commit_seconds"] for one in mine),
+        **spread("commit_ms", (1e3 * one["commit_seconds"] for one in mine)),
         "longest_gap_ms": 1e3 * statistics.median(max(gaps) for gaps in during),
-        "stall_steps": statistics.median(beyond) / usual,
+        **spread("stall_steps", (seconds / usual for seconds in beyond)),
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.openai_server import Counters, RunFailed, Server, describe_speculation, growth, one_line
+from benchmarks.report import spread
 
 STOP = ["Question:"]  # where a checkpoint that never ends would ask itself the next problem
 
@@ -89,7 +90,7 @@ def describe(
             "server": name,
             **describe_drafts(done),
             "output_tok_s": statistics.median(one.speed for one in done[1:]),
-            "over_plain": statistics.median(a.speed / b.speed for a, b in zip(done[1:], plain[1:], strict=True)),
+            **spread("over_plain", (a.speed / b.speed for a, b in zip(done[1:], plain[1:], strict=True))),
             "answers": sum(len(one.answers) for one in done),
             "different": sum(found["server"] == name for found in differences),
             "in_style": share_in_style(done, restyle),

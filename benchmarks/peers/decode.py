@@ -21,7 +21,7 @@ from benchmarks.openai_server import RunFailed
 from benchmarks.peers.checkpoints import DEMO, Checkpoint, find_checkpoint
 from benchmarks.peers.child import Tokens
 from benchmarks.peers.contestant import Contestant, start
-from benchmarks.report import print_json, print_table
+from benchmarks.report import print_json, print_table, spread
 from benchmarks.word_problems import draw_problem
 
 # Each with the Tandem that its ratios are of.
@@ -113,16 +113,12 @@ def describe(works: Sequence[Work]) -> dict[str, list[dict[str, Any]]]:
 def _describe(work: Work, name: str, rival: str, first: str) -> dict[str, Any]:
     seconds, num_tokens = work.seconds(name), sum(map(len, work.prompts)) if work.kind == PREFILL else len(work.prompts)
     ratios = [own / base for own, base in zip(seconds, work.seconds(rival), strict=False)]
-    middle, is_prefill = statistics.median(seconds), work.kind == PREFILL
+    is_prefill = work.kind == PREFILL
     return {
         **({"prompt": len(work.prompts[0])} if is_prefill else {"batch": len(work.prompts)}),
-        "prefill_ms" if is_prefill else "step_ms": 1e3 * middle,
-        "least_ms": 1e3 * min(seconds),
-        "most_ms": 1e3 * max(seconds),
-        "tok_s": num_tokens / middle,
-        "ratio": statistics.median(ratios),
-        "least_ratio": min(ratios),
-        "most_ratio": max(ratios),
+        **spread("prefill_ms" if is_prefill else "step_ms", (1e3 * one for one in seconds)),
+        "tok_s": num_tokens / statistics.median(seconds),
+        **spread("ratio", ratios),
         "ratio_to": rival,
         "same_tokens": same_share(work.answers[first][0], work.answers[name][0]),
         "contestant": name,

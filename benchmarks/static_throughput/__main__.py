@@ -41,8 +41,9 @@ from server.llm import TandemError
 
 _KEY = ("batch", "context", "mtp_step", "acceptance")
 _TABLES = (
-    (*_KEY, "step_ms", "step_ms_p10", "step_ms_p90", "tok_s", "gain", "itl_ms", "accept_len"),
-    (*_KEY, "verify_ms", "verify_ratio", "draft_ms", "mib_per_step", "bandwidth_share", "peak_mib"),
+    (*_KEY, "step_ms", "step_ms_p10", "step_ms_p90", "tok_s", "itl_ms", "accept_len"),
+    (*_KEY, "gain", "gain_min", "gain_max", "verify_ms", "verify_ratio", "verify_ratio_min", "verify_ratio_max"),
+    (*_KEY, "draft_ms", "mib_per_step", "bandwidth_share", "peak_mib"),
 )
 
 

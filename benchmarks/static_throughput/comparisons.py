@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import spread
 from benchmarks.static_throughput.decode import Cell, DecodeBench, room_of
 from benchmarks.static_throughput.presets import Preset
 from benchmarks.versions import Task, compare_versions
@@ -58,7 +59,6 @@ def compare_transformers(
         own = statistics.median(sample.seconds for sample in ours.measure_at(cell, num_steps, number))
         rounds.append((own, statistics.median(theirs.measure(num_steps))))
     step, peer_step = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
-    ratios = [peer / own for own, peer in rounds[1:]]
     return {
         "batch": cell.batch,
         "context": cell.context,
@@ -66,9 +66,7 @@ def compare_transformers(
         "transformers_step_ms": 1e3 * peer_step,
         "tandem_tok_s": cell.batch / step,
         "transformers_tok_s": cell.batch / peer_step,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **spread("ratio", (peer / own for own, peer in rounds[1:])),
     }
 
 
@@ -93,7 +91,7 @@ def compare_overlap(
                 "mtp_step": k,
                 "overlap_off_tok_s": statistics.median(plain for plain, _ in rounds),
                 "overlap_on_tok_s": statistics.median(overlapped for _, overlapped in rounds),
-                "on_over_off": statistics.median(overlapped / plain for plain, overlapped in rounds),
+                **spread("on_over_off", (overlapped / plain for plain, overlapped in rounds)),
             }
         )
     return rows

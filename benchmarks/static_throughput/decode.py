@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu_suite.roofline import Workload, floor_bytes
-from benchmarks.report import percentile
+from benchmarks.report import percentile, spread
 from benchmarks.static_throughput.acceptance import REAL, Acceptance, ForcedAcceptance
 from benchmarks.static_throughput.machine import BandwidthProbe, peak_memory, reset_peak, used_memory
 from benchmarks.static_throughput.presets import Preset
@@ -192,7 +193,7 @@ class Contestant:
     bench: DecodeBench
     acceptance: Acceptance
     peak_bytes: int
-    samples: list[Sample] = field(default_factory=list)
+    rounds: list[list[Sample]] = field(default_factory=list)
 
 
 def measure_cell(
@@ -215,12 +216,9 @@ def measure_cell(
         first = number % len(contestants)
         for one in contestants[first:] + contestants[:first]:
             samples = one.bench.measure_at(cell, num_steps, number, one.acceptance)
-            one.samples += samples if number else []
+            one.rounds += [samples] if number else []
         probe.read()
-    rows: list[dict[str, Any]] = []
-    for one in contestants:
-        rows.append(_describe(one, cell, probe, rows))
-    return rows
+    return [_describe(one, contestants[0], cell, probe) for one in contestants]
 
 
 def _make_bench(
@@ -235,13 +233,19 @@ def _make_bench(
     return bench, peak_memory(device) - before
 
 
-def _describe(one: Contestant, cell: Cell, probe: BandwidthProbe, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    bench, samples = one.bench, one.samples
-    seconds, num_tokens = [sample.seconds for sample in samples], sum(sample.num_tokens for sample in samples)
-    accept_len = num_tokens / len(samples) / cell.batch
+def _speed(samples: Sequence[Sample]) -> float:
+    return sum(sample.num_tokens for sample in samples) / sum(sample.seconds for sample in samples)
+
+
+def _verify_ms(samples: Sequence[Sample]) -> float:
+    return 1e3 * statistics.median(sample.seconds - sample.draft_seconds for sample in samples)
+
+
+def _describe(one: Contestant, base: Contestant, cell: Cell, probe: BandwidthProbe) -> dict[str, Any]:
+    bench, samples, pairs = one.bench, [*chain.from_iterable(one.rounds)], [*zip(one.rounds, base.rounds, strict=True)]
+    seconds, speed = [sample.seconds for sample in samples], _speed(samples)
+    accept_len = sum(sample.num_tokens for sample in samples) / len(samples) / cell.batch
     num_bytes, step = bench.count_bytes(cell, accept_len), statistics.median(seconds)
-    verify = 1e3 * statistics.median(sample.seconds - sample.draft_seconds for sample in samples)
-    speed = num_tokens / sum(seconds)
     gdn = bench.engine.runner.table.cache.gdn
     return {
         "batch": cell.batch,
@@ -252,14 +256,14 @@ def _describe(one: Contestant, cell: Cell, probe: BandwidthProbe, rows: list[dic
         "step_ms_p10": 1e3 * percentile(seconds, 10),
         "step_ms_p90": 1e3 * percentile(seconds, 90),
         "tok_s": speed,
-        "gain": speed / rows[0]["tok_s"] if rows else 1.0,
+        **spread("gain", (_speed(mine) / _speed(plain) for mine, plain in pairs)),
         "itl_ms": 1e3 * cell.batch / speed,
         "accept_len": accept_len,
         "mib_per_step": num_bytes / MIB,
         "bandwidth_share": num_bytes / step / probe.bytes_per_second,
         "peak_mib": one.peak_bytes / MIB,
-        "verify_ms": verify,
-        "verify_ratio": verify / rows[0]["verify_ms"] if rows else 1.0,
+        "verify_ms": _verify_ms(samples),
+        **spread("verify_ratio", (_verify_ms(mine) / _verify_ms(plain) for mine, plain in pairs)),
         "draft_ms": 1e3 * statistics.median(sample.draft_seconds for sample in samples),
         "gdn_state_bytes_per_request": gdn.state_bytes_per_row,
         "ring_bytes_per_request": gdn.ring_bytes_per_row,

@@ -109,7 +109,8 @@ class Transformers:
 def measure(
     contestants: tuple[Tandem, Transformers], task: str, token_ids: Tensor, rounds: int, time_of: Callable[[], float]
 ) -> dict[str, float]:
-    """Tokens per second of both, medians, and how often ours goes into theirs. The first round only warms up."""
+    """Tokens per second of both, medians, and how often our seconds go into theirs, with the least and the most of the
+    rounds. The first round only warms up."""
     seconds: list[list[float]] = []
     for number in range(rounds + 1):
         steps = [_time_step(contestant, task, token_ids, time_of) for contestant in contestants]
@@ -117,8 +118,10 @@ def measure(
         assert abs(our_loss - their_loss) <= 1e-4 * abs(their_loss), f"losses {our_loss} and {their_loss}"
         seconds += [[step[0] for step in steps]] if number else []
     ours, theirs = (token_ids.numel() / statistics.median(column) for column in zip(*seconds, strict=True))
-    ratio = statistics.median(their_time / our_time for our_time, their_time in seconds)
-    return {"transformers_tok_s": round(theirs, 1), "tandem_tok_s": round(ours, 1), "ratio": round(ratio, 3)}
+    ratios = sorted(their_time / our_time for our_time, their_time in seconds)
+    found = {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+    speeds = {"transformers_tok_s": round(theirs, 1), "tandem_tok_s": round(ours, 1)}
+    return speeds | {name: round(ratio, 3) for name, ratio in found.items()}
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.api_cost import FEATURES, Load, main, median_ratio, parse_args, take_turns
+from benchmarks.api_cost import FEATURES, Load, main, parse_args, ratios_of, take_turns
 
 
 def test_every_round_begins_with_another_contestant_and_the_first_one_warms_up() -> None:
@@ -18,7 +18,8 @@ def test_every_round_begins_with_another_contestant_and_the_first_one_warms_up()
 
 
 def test_a_ratio_is_of_one_round() -> None:
-    assert median_ratio({"a": [1.0, 9.0, 6.0], "b": [2.0, 3.0, 6.0]}, "a", "b") == 1.0
+    ratios = ratios_of({"a": [1.0, 9.0, 6.0], "b": [2.0, 3.0, 6.0]}, "a", "b")
+    assert ratios == {"ratio": 1.0, "ratio_min": 0.5, "ratio_max": 3.0}
 
 
 def test_contestants_are_asked_for_as_much_and_never_for_the_same() -> None:

@@ -60,7 +60,7 @@ def test_the_set_is_decode_over_batch_and_mtp_step_and_a_prefill_of_both_models(
 def test_a_row_fails_when_all_of_its_interval_is_below_the_tolerance(
     ratio: float, low: float, high: float, holds: bool
 ) -> None:
-    speeds = {"new_over_old": ratio, "ratio_low": low, "ratio_high": high}
+    speeds = {"new_over_old": ratio, "new_over_old_min": low, "new_over_old_max": high}
     (row,) = judge({("tiny", 4, 1): speeds}, 0.95)
     assert row["holds"] is holds and row["what"] == "decode, batch 4"
 
@@ -72,7 +72,7 @@ def test_the_exit_code_tells(
 ) -> None:
     def compare(root: Path, tasks: Sequence[Task], num_rounds: int) -> list[dict[str, float]]:
         assert (root / "file").read_text() == "old" and num_rounds == 3
-        return [{"new_over_old": 0.9, "ratio_low": 0.8, "ratio_high": high} for _ in tasks]
+        return [{"new_over_old": 0.9, "new_over_old_min": 0.8, "new_over_old_max": high} for _ in tasks]
 
     monkeypatch.setattr(regression, "compare_versions", compare)
     assert main(["--rounds", "3"]) == code

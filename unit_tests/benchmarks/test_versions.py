@@ -34,7 +34,9 @@ def test_two_processes_decode_and_compute_prompts(tmp_path: Path) -> None:
         Task(settings, 0, 64, 2),
     ]
     rows = compare_versions(HERE, tasks, 2)
-    assert len(rows) == 3 and all(0 < row["ratio_low"] <= row["new_over_old"] <= row["ratio_high"] for row in rows)
+    assert len(rows) == 3 and all(
+        0 < row["new_over_old_min"] <= row["new_over_old"] <= row["new_over_old_max"] for row in rows
+    )
 
 
 @pytest.mark.slow

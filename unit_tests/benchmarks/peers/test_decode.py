@@ -91,7 +91,7 @@ def test_ratios_are_to_the_tandem_with_as_many_bits_round_by_round() -> None:
     rows = {row["contestant"]: row for row in tables["decode"]}
     assert list(rows) == names and tables["prefill"] == []
     assert (rows["transformers"]["ratio_to"], rows["llama.cpp-Q8_0"]["ratio_to"]) == ("tandem", "tandem-int8")
-    spread = [rows["transformers"][f"{kind}ratio"] for kind in ("least_", "", "most_")]
+    spread = [rows["transformers"][f"ratio{end}"] for end in ("_min", "", "_max")]
     assert spread == pytest.approx([2.0, 2.5, 3.0])
     assert rows["tandem"]["step_ms"] == pytest.approx(150) and rows["tandem"]["tok_s"] == pytest.approx(2 / 0.15)
     assert rows["llama.cpp-Q8_0"]["ratio"] == pytest.approx(1.5) and rows["tandem"]["ratio"] == 1

@@ -62,4 +62,4 @@ def test_transformers_runs_the_same_checkpoint(nano: Preset) -> None:
 def test_another_checkout_takes_turns_with_this_one(nano: Preset) -> None:
     (row,) = compare_baseline(nano, CELL, [1], HERE, 3, 2, SETTINGS)
     assert (row["batch"], row["context"], row["mtp_step"]) == (2, 24, 1)
-    assert 0 < row["ratio_low"] <= row["new_over_old"] <= row["ratio_high"]
+    assert 0 < row["new_over_old_min"] <= row["new_over_old"] <= row["new_over_old_max"]

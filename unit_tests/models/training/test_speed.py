@@ -63,7 +63,7 @@ def test_rates_are_medians_and_the_ratio_is_of_times_in_one_round(contestants, m
     times = iter([9.0, 9.0, 1.0, 3.0, 2.0, 2.0, 1.0, 4.0])
     monkeypatch.setattr(speed, "_time_step", lambda *arguments: (next(times), 1.0))
     found = measure(contestants, "model", torch.zeros(3, 4, dtype=torch.int64), 3, lambda: 0.0)
-    assert found == {"transformers_tok_s": 4.0, "tandem_tok_s": 12.0, "ratio": 3.0}
+    assert found == {"transformers_tok_s": 4.0, "tandem_tok_s": 12.0, "ratio": 3.0, "ratio_min": 1.0, "ratio_max": 4.0}
 
 
 def test_programs_that_disagree_are_refused(contestants):
