@@ -42,7 +42,7 @@ def find_measured(first: Any, second: Any, name: str = "") -> Iterator[Measured]
         yield from _compare_row(first, second, f"{name} {label}".strip())
         for key in first.keys() & second.keys():
             yield from find_measured(first[key], second[key], f"{name}.{key}".strip("."))
-    elif isinstance(first, list) and isinstance(second, list):
+    elif isinstance(first, list) and isinstance(second, list) and any(isinstance(one, dict) for one in first):
         if len(first) != len(second):
             raise ValueError(f"{name or 'results'}: {len(first)} rows in the first and {len(second)} in the second")
         for number, pair in enumerate(zip(first, second, strict=True)):
@@ -63,7 +63,7 @@ def find_pairs(paths: list[Path]) -> list[tuple[Path, Path]]:
     """The two files that were named, or every repeat with its original. Raises ValueError if one has none."""
     if paths:
         return [(paths[0], paths[1])]
-    originals = {path.name[_DATE_LEN:]: path for path in RESULTS.glob("*.json")}
+    originals = {path.name[_DATE_LEN:]: path for path in sorted(RESULTS.glob("*.json"))}
     repeats = sorted((RESULTS / "repeats").glob("*.json"))
     lost = [path.name for path in repeats if path.name[_DATE_LEN:] not in originals]
     if lost:
@@ -75,7 +75,10 @@ def compare(first: Result, second: Result) -> list[Measured]:
     """What both measured. Raises ValueError for results that cannot be compared."""
     if first.benchmark != second.benchmark:
         raise ValueError(f"{first.name} is of {first.benchmark}, {second.name} of {second.benchmark}")
-    return list(find_measured(first.results, second.results))
+    measured = list(find_measured(first.results, second.results))
+    if not measured:
+        raise ValueError(f"{first.name} and {second.name} have no number with a spread")
+    return measured
 
 
 def main(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
 import random
 import resource
 import shlex
@@ -36,6 +37,7 @@ from benchmarks.openai_server import RunFailed, Server, one_line
 from benchmarks.report import print_json, print_table, spread
 from benchmarks.serving.launch import launched_servers
 from benchmarks.word_problems import draw_problem
+from server.config import ENGINE_ENVIRONMENT
 from server.llm import LLM, SamplingParams
 
 PATH = "/v1/completions"
@@ -305,6 +307,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _enter_environment() -> None:
+    """Begin again with what a server sets for its engine, before torch is loaded: the engine in this process is to have
+    the same."""
+    if not os.environ.keys() >= ENGINE_ENVIRONMENT.keys():
+        os.execve(sys.executable, sys.orig_argv, ENGINE_ENVIRONMENT | os.environ)
+
+
 if __name__ == "__main__":
+    _enter_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # launched servers end with this process
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,8 @@ from server.llm import LLM, Output, SamplingParams
 def generate(args: argparse.Namespace, dtype: str, mtp_step: int) -> list[Output]:
     """All outputs at one setting."""
     settings: dict[str, Any] = {"model": args.model} if args.model else {}
-    llm = LLM(dtype=dtype, mtp_step=mtp_step, max_model_len=1024, num_threads=args.num_threads, **settings)
+    settings |= {"speculation": "fixed", "num_threads": args.num_threads}  # a planner would rather not draft here
+    llm = LLM(dtype=dtype, mtp_step=mtp_step, max_model_len=1024, **settings)
     rng, vocab_size = random.Random(0), llm.engine.ready.vocab_size
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, 130))] for _ in range(args.num_prompts)]
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True))

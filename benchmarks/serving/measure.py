@@ -115,8 +115,10 @@ async def _run_load(
     await _warm_up(load, contestants, conversations, args, stop)
     for number in range(args.rounds):
         copies = conversations.copies(_num_prompts(load, args), len(contestants))
+        # Backwards in every other round: what a server still does after its turn is not always at the same one's cost.
+        direction = 1 if number % 2 == 0 else -1
         for place in range(len(contestants)):
-            which = (number + place) % len(contestants)
+            which = (number + direction * place) % len(contestants)
             if stop.is_set():
                 return
             one, name = contestants[which], f"{load} {contestants[which].name} round {number + 1}/{args.rounds}"

@@ -29,8 +29,9 @@ def test_every_kind_of_spread_is_found_at_any_depth() -> None:
     first = {
         "rows": [{"kind": "a", "step_ms": 2.0, "step_ms_p10": 1.0, "step_ms_p90": 3.0, "tok_s": 5.0}],
         "loads": [{"comparison": [{"metric": "ttft", "min": 1, "max": 2, "ratio_min": 0.5, "ratio_max": None}]}],
+        "rounds": [4, 5],
     }
-    second = json.loads(json.dumps(first).replace("1.0", "1.5"))
+    second = json.loads(json.dumps(first).replace("1.0", "1.5")) | {"rounds": [4]}
     found = {one.name: (one.first, one.second) for one in find_measured(first, second)}
     assert found == {
         "rows[0] a: step_ms": ((1.0, 3.0), (1.5, 3.0)),
@@ -62,6 +63,7 @@ def test_repeats_are_compared_with_the_results_of_their_name(
 ) -> None:
     monkeypatch.setattr(agreement, "RESULTS", tmp_path)
     write(tmp_path / "2026-11-26-adaptive-cpu.json", make_rows((1.0, 2.0)))
+    write(tmp_path / "2026-11-25-adaptive-cpu.json", make_rows((7.0, 8.0)))
     write(tmp_path / "repeats" / "2026-11-27-adaptive-cpu.json", make_rows((1.5, 1.6)))
     assert main([]) == 0 and "2026-11-27-adaptive-cpu.json" in capsys.readouterr().out
     write(tmp_path / "repeats" / "2026-11-27-other-cpu.json", [])
@@ -73,6 +75,7 @@ def test_repeats_are_compared_with_the_results_of_their_name(
     [
         (make_rows((1.0, 2.0)) * 2, "adaptive", "1 rows in the first and 2 in the second"),
         (make_rows((1.0, 2.0)), "scaling", "is of adaptive"),
+        ([{"ratio": 1.0}], "adaptive", "no number with a spread"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -74,6 +74,15 @@ def test_servers_take_turns_and_are_asked_the_same_and_nothing_twice() -> None:
     assert result.num_asked == len(prompts(a)) and not result.is_partial
 
 
+def test_nobody_comes_behind_the_same_server_in_every_round() -> None:
+    models, order = {name: FakeModel(**MODEL) for name in "abc"}, list[str]()
+    for name, model in models.items():
+        model.fail = lambda number, name=name: order.append(name)  # type: ignore[misc]
+    flags = ["--compare", "http://b", "http://c", "--rounds", "4", "--num-prompts", "1", "--num-warmups", "0"]
+    measured(*flags, "--concurrency", "1", **models)
+    assert "".join(order[-12:]) == "abc" + "bac" + "cab" + "acb"
+
+
 def test_prompts_are_ids_only_if_every_server_takes_them() -> None:
     flags = ["--input-len", "3", "--num-prompts", "1", "--compare", "http://b", "--rounds", "1"]
     willing, unwilling = FakeModel(), FakeModel(refuses=("ids",))
