@@ -57,6 +57,10 @@ def paged_attention_torch(q: Tensor, kv: Tensor, page_table: Tensor, positions: 
     keys, values = (
         x.index_select(0, pages).view(batch, -1, num_kv_heads, dim)[:, :longest].transpose(1, 2) for x in kv
     )
+    ends = positions.amax(1)
+    if int(ends.min()) + 1 < longest:  # a slot that is not written yet may hold a NaN, which no weight of 0 takes away
+        is_unwritten = torch.arange(longest, device=q.device)[None, None, :, None] > ends[:, None, None, None]
+        keys, values = keys.masked_fill(is_unwritten, 0), values.masked_fill(is_unwritten, 0)
     q = q.view(batch, num_tokens, num_kv_heads * group, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).reshape(batch * num_tokens, num_kv_heads * group, dim)

@@ -161,11 +161,13 @@ def process(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, places: Tensor | None = None) -> Logprobs:
     """Log-softmax of logits [M, V] for token_ids [M] int64, in rows `places` [N] int64 (all, if None)."""
-    library = load_library() if logits.device.type == "cpu" and num_top <= _MOST_BEST else None
-    if library is not None:
+    library = load_library() if logits.device.type == "cpu" else None
+    if library is not None and num_top <= _MOST_BEST:
         return _compute_logprobs_cpp(library, logits, token_ids, num_top, places)
     if places is not None:
         logits, token_ids = logits[places], token_ids[places]
+    if library is not None:
+        return _compute_many_logprobs_cpp(library, logits, token_ids, num_top)
     logprobs = logits.log_softmax(-1)
     chosen = token_ids[:, None]
     ranks = 1 + (logits > logits.gather(1, chosen)).sum(-1)
@@ -206,8 +208,10 @@ def _filter(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tens
     rank = torch.arange(width, device=scaled.device)
     keep = rank < torch.where(top_k > 0, top_k, vocab_size)[:, None]
     keep &= best >= best[:, :1] + min_p[:, None].to(scaled.dtype).log()
-    probs = best.masked_fill(~keep, -torch.inf).softmax(-1)
-    keep &= (probs.cumsum(-1) - probs < top_p[:, None]) | (top_p >= 1)[:, None]
+    # Sums in the order of rank: how many columns the company's top_k brings changes no bit.
+    probs = (best - best[:, :1]).exp().masked_fill(~keep, 0)
+    total = probs.cumsum(-1)
+    keep &= (total - probs < top_p[:, None].to(probs.dtype) * total[:, -1:]) | (top_p >= 1)[:, None]
     keep[:, 0] = True
     cutoff = best.gather(1, keep.sum(-1, keepdim=True) - 1)
     return scaled.masked_fill(scaled < torch.where(needs[:, None], cutoff, -torch.inf), -torch.inf)
@@ -283,6 +287,16 @@ def _compute_logprobs_cpp(
         *(num_rows, vocab_size, num_top, _count_threads(num_rows * vocab_size)),
     )
     return out
+
+
+def _compute_many_logprobs_cpp(library: ctypes.CDLL, logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """The bits that fewer best ones have: the likeliest token's log-probability is the sum of all, negated."""
+    chosen = _compute_logprobs_cpp(library, logits, token_ids, 0, None)
+    highest, best_ids = logits.max(-1)
+    minus_total = _compute_logprobs_cpp(library, logits, best_ids, 0, None).logprobs
+    top_ids = _best(logits, num_top)
+    values = logits.gather(1, top_ids) - highest[:, None] + minus_total[:, None]
+    return chosen._replace(top_ids=top_ids, top_values=values)
 
 
 def _count_threads(num_logits: int) -> int:

@@ -291,6 +291,7 @@ class Engine:
     def flush_cache(self) -> None:
         """Forget every prefix that was computed, because the weights are others now."""
         self.scheduler.flush_cache()
+        self.lane.submit(self.runner.mover.run, self.scheduler.take_ops())  # there may be no step for a while
         self.lane.submit(self.runner.mover.start_generation)
 
     def stats(self) -> EngineStats:

@@ -247,8 +247,6 @@ class Batch:
     @property
     def widths_and_depths(self) -> tuple[list[int], list[int]]:
         """Tokens that each request runs, and drafts that it wants."""
-        if self.is_idle:
-            return [1] * len(self.works), [0] * len(self.works)
         return [work.num_tokens for work in self.works], [work.num_drafts for work in self.works]
 
     @property

@@ -1,8 +1,9 @@
 """The C++ kernels of this folder as one shared library, built on first use and kept in the user's cache directory.
 
-Without a compiler everything works on the torch versions, which one log line says.
+Without a compiler (GCC 12 or later, or clang) everything works on the torch versions, which one log line says.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,9 +18,16 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = sorted([*Path(__file__).parent.glob("*.cpp"), *Path(__file__).parent.glob("*.h")])
 _FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fPIC", "-shared", "-fopenmp-simd", "-pthread"),
 )
+# Products and sums are fused in every loop or in none: a row's bits must not depend on which one it goes through. GCC
+# leaves some out for processors on which that is faster, and clang obeys a pragma that forbids it only if asked to.
+_COMPILERS = {
+    "g++": ("-ffp-contract=fast", "--param=avoid-fma-max-bits=0"),
+    "clang++": ("-ffp-contract=fast-honor-pragmas",),
+}
+_MAX_LINES = 10  # of what a compiler complains
 _POINTER, _SIZE, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
     "linear": ((*[_POINTER] * 3, *[_SIZE] * 3, _COUNT), ("bfloat16", "float32", "float64")),
@@ -59,19 +67,26 @@ def load_library() -> ctypes.CDLL | None:
 
     Functions are named `op_dtype` and take addresses and sizes as plain integers.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compilers = {path: flags for name, flags in _COMPILERS.items() if (path := shutil.which(name))}
+    if not compilers:
         logger.warning("no g++ or clang++ found: CPU decoding stays on the slower torch version")
-        return None
-    path = _cache_directory() / f"tandem-{_fingerprint(compiler)}.so"
-    try:
-        if not path.exists():
-            _build(compiler, path)
-        return _declare(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        logger.warning("the CPU kernels could not be built, decoding stays on the torch version: %s", detail)
-        return None
+    for compiler, flags in compilers.items():
+        try:
+            return _load(compiler, (*_FLAGS, *flags))
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home directory
+            lines = str(getattr(error, "stderr", None) or error).splitlines()[:_MAX_LINES]
+            message = "the CPU kernels could not be built by %s, decoding stays on the torch version (needs GCC 12): %s"
+            logger.warning(message, compiler, "\n".join(lines))
+    return None
+
+
+def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    path = _cache_directory() / f"tandem-{_fingerprint(compiler, flags)}.so"
+    if path.exists():
+        with contextlib.suppress(OSError):  # what was cut short, or made for other system libraries, is built again
+            return _declare(ctypes.CDLL(str(path)))
+    _build(compiler, flags, path)
+    return _declare(ctypes.CDLL(str(path)))
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -81,14 +96,14 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     logger.info("building the CPU kernels (once, a few seconds)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = Path(directory) / path.name
         command = [
             compiler,
-            *_FLAGS,
+            *flags,
             "-o",
             str(built),
             *(str(source) for source in _SOURCES if source.suffix == ".cpp"),
@@ -97,15 +112,16 @@ def _build(compiler: str, path: Path) -> None:
         built.replace(path)  # atomic: two processes may build at once
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """Changes with the sources, the flags, the compiler and the processor the code is made for."""
-    digest = hashlib.sha256(repr((compiler, _FLAGS)).encode())
+    about = os.stat(compiler)
+    digest = hashlib.sha256(repr((compiler, about.st_size, about.st_mtime, flags)).encode())
     for source in _SOURCES:
         digest.update(source.read_bytes())
     info = Path("/proc/cpuinfo")
     if info.exists():
-        flags = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
-        digest.update("".join(flags[:1]).encode())
+        lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
+        digest.update("".join(lines[:1]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -5,7 +5,7 @@
 #include "team.h"
 
 // A product and a sum stay two roundings, as in torch: these are the law's own numbers. GCC knows the first, clang the
-// second.
+// second (with -ffp-contract=fast-honor-pragmas).
 #pragma GCC optimize("fp-contract=off")
 #pragma STDC FP_CONTRACT OFF
 

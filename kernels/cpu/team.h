@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -34,9 +35,12 @@ class Crew {
     bool enter(int num_threads) {
         if (num_threads < 2 || !owner_.try_lock()) return false;
         std::lock_guard<std::mutex> lock(sleep_);
-        for (; num_helpers_ < num_threads - 1; ++num_helpers_)
-            std::thread([this, index = num_helpers_] { help(index); }).detach();
-        wanted_.store(num_threads - 1);
+        try {
+            for (; num_helpers_ < num_threads - 1; ++num_helpers_)
+                std::thread([this, index = num_helpers_] { help(index); }).detach();
+        } catch (const std::system_error&) {  // the system has no more of them: those there are do the work
+        }
+        wanted_.store(std::min(num_threads - 1, num_helpers_));
         wake_.notify_all();
         return true;
     }

@@ -103,7 +103,9 @@ class RequestTable:
         scales = [0.0 if sampling.is_greedy else sampling.temperature, sampling.top_p, sampling.min_p]
         scales += [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
         self._scales[row] = to_device(scales, self.device)
-        self.stop_ids[row] = to_device(_padded(sorted(request.stop_ids)[:MAX_STOP_IDS], MAX_STOP_IDS), self.device)
+        # Where there are too many, the checkpoint's own ones are what most answers end with.
+        stop_ids = sorted(request.stop_ids, key=lambda token_id: (token_id in sampling.stop_token_ids, token_id))
+        self.stop_ids[row] = to_device(_padded(stop_ids[:MAX_STOP_IDS], MAX_STOP_IDS), self.device)
         if self.rules is not None:
             self.rules.write(row, sampling, sorted({*self._eos_ids, *sampling.stop_token_ids}))
         if has_penalty(sampling):

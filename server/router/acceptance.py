@@ -27,10 +27,6 @@ class Acceptance:
         self._drifts = [0.0] * len(prior)
         self._multiply()
 
-    def survival(self, num_drafts: int) -> float:
-        """Probability that the first num_drafts drafts are all accepted."""
-        return self.survivals[num_drafts - 1] if num_drafts else 1.0
-
     def update(self, num_proposed: int, num_accepted: int, probed: int = 0) -> None:
         """Learn from one verify step. The draft after the accepted ones was refused, those behind it show nothing.
         Draft number `probed` (0: none) is looked at so seldom that what it shows counts more."""

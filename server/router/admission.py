@@ -80,6 +80,11 @@ class Admission:
         """The weights are others now: nothing that was computed may be reused."""
         self.cache.flush(self._before)
 
+    def take_ops(self) -> list[CacheOp]:
+        """What the next step would carry out first."""
+        ops, self._before = self._before, []
+        return ops
+
     def take_notices(self) -> list[TokenOutput | Failed]:
         """Ends that no pass has brought about."""
         notices, self._notices = self._notices, []
@@ -255,7 +260,8 @@ class Admission:
         """Give back row and pages; if it `shares`, what was computed stays for others, with a checkpoint where the
         state stands."""
         assert request.row is not None
-        holding, length = self.holdings.pop(request.id), request.num_computed
+        holding = self.holdings.pop(request.id)
+        length = min(request.num_computed, request.num_known)  # tokens behind a stop are not known
         if request.is_isolated or not shares:
             self.cache.finish(holding, [], 0, request.row, self._before)
         else:

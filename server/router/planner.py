@@ -34,6 +34,8 @@ _DRAFTING_WEIGHT, _DRAFTING_BOUNDS = 0.05, (0.1, 6.0)
 # Where drafts pay, plans until a plain step is tried for its cost: at first, and at most. What a verify step takes says
 # nothing of plain ones, and drafts that seem to pay because the table has these too dear would never be found out.
 _FIRST_PLAIN_INTERVAL, _MAX_PLAIN_INTERVAL = 8, 512
+# What drafts add has changed so much that it may be the machine's speed, which plain steps tell.
+_SURPRISE = 1.4
 # Plans without drafts until a step has neither old nor new ones.
 _PLAIN_PLANS = 2
 # What so many steps with drafts showed counts as much as the table; each plain step since takes a share of it away. The
@@ -207,6 +209,7 @@ class Planner:
         self._added = self._excess = 0.0  # seconds that drafts add to a step: by the table, and on a machine like it
         self._num_seen = 0.0  # steps that showed it, of late
         self._num_drafting, self._plain_interval = 0, _FIRST_PLAIN_INTERVAL  # plans since the last plain one
+        self._familiar_factor = 1.0  # what drafts added when plain steps were last hurried
         self._overhead = 0.0  # the host's between two steps, an average
         self._probe_budget = 0.0
         self._is_plain = True  # the last plan wanted no drafts but those of probes
@@ -244,7 +247,7 @@ class Planner:
         depths = self._recall(self._costs, survivals, tuple(limits)).copy()
         self._add_probes(self._costs, requests, survivals, limits, depths)
         self._idle_requests = [] if any(depths) else list(requests)
-        if self._must_try_plain(depths):
+        if self._must_try_plain(self._costs.drafting_factor, depths):
             depths = [0] * len(depths)
         return self._count(self._promise(self._costs, survivals, depths))
 
@@ -261,10 +264,15 @@ class Planner:
         self._num_repeated += 1
         return True
 
-    def _must_try_plain(self, depths: list[int]) -> bool:
-        """Whether it is time for a step without the drafts that seem to pay."""
+    def _must_try_plain(self, factor: float, depths: list[int]) -> bool:
+        """Whether it is time for a step without the drafts that seem to pay, whose costs are as the table says times
+        the factor."""
         self._num_drafting = self._num_drafting + 1 if any(depths) else 0
-        if self._num_drafting == self._plain_interval + _PLAIN_PLANS:
+        is_familiar = 1 / _SURPRISE < factor / self._familiar_factor < _SURPRISE
+        if not is_familiar and self._num_drafting > PROBE_INTERVAL:
+            self._familiar_factor, self._plain_interval = factor, _FIRST_PLAIN_INTERVAL
+            self._num_drafting = _FIRST_PLAIN_INTERVAL + 1
+        if self._num_drafting >= self._plain_interval + _PLAIN_PLANS:
             self._num_drafting, self._plain_interval = 0, min(2 * self._plain_interval, _MAX_PLAIN_INTERVAL)
             return True
         return self._num_drafting > self._plain_interval

@@ -115,6 +115,8 @@ class Scheduler(Admission):
             return None
         if not outcome.is_finite[index]:
             return self._distrust(request) if is_current else None
+        if request.is_isolated and not is_current:
+            return None  # it follows on what was not finite, and is computed again
         emitted, finish_reason = request.emit(outcome.token_ids[index][:accept_len])
         if batch.is_verify:
             request.num_computed += accept_len if is_current else 0
@@ -182,9 +184,8 @@ class Scheduler(Admission):
         self._report(request, "non_finite", "got logits that are not finite")
         has_failed_before = request.is_isolated
         request.is_isolated = True
-        if request.row is not None:
-            holding = self.holdings[request.id]
-            self._before += [ClearPage(page) for page in (*holding.own_pages, *holding.duplicates.values())]
+        holding = self.holdings[request.id]
+        self._before += [ClearPage(page) for page in (*holding.own_pages, *holding.duplicates.values())]
         self.flush_cache()  # what it has shared may be no better
         if not has_failed_before:
             self._leave(request, keeps_state=False)
@@ -202,6 +203,7 @@ class Scheduler(Admission):
         decoding.sort(key=lambda request: -request.num_drafts)  # equal widths side by side
         chunks = self._cut_chunks([1 + request.num_drafts for request in decoding])
         ending = [request for request, end in chunks if end == request.num_known]
+        ending = [request for request in ending if len(request.output_ids) + 1 < request.max_output]
         depths = dict(zip([*decoding, *ending], self._plan_depths([*decoding, *ending]), strict=True))
         verify = [self._verify_work(request, depths[request]) for request in decoding]
         prefill = [self._prefill_work(request, end, depths.get(request, 0)) for request, end in chunks]

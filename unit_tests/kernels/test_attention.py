@@ -106,6 +106,16 @@ def test_later_positions_are_not_seen():
     assert torch.equal(paged_attention(q, kv, table, where), before)
 
 
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_torch])
+def test_a_slot_that_a_longer_request_reads_and_a_shorter_one_has_not_written_may_hold_anything(attend):
+    kv, table = torch.randn(2, 6, 4, 2, 8), torch.tensor([[1, 2, 3], [4, 5, 0]])
+    positions, q = torch.tensor([[8, 9], [2, 3]]), torch.randn(4, 4, 8)
+    expected = attend(q, kv, table, positions)
+    kv[:, 5] = torch.nan
+    kv[:, 3, 2:] = torch.nan
+    assert torch.equal(attend(q, kv, table, positions), expected)
+
+
 def test_storing_writes_the_given_slots_only():
     kv, table = make_cache([5])
     before = kv.clone()

@@ -336,7 +336,8 @@ def test_logprobs_of_some_rows_are_theirs_in_the_order_asked_for(version):
 def test_more_best_tokens_than_the_library_keeps_in_order_are_the_same_ones(version):
     logits = torch.randint(0, 9, (3, 500), generator=torch.Generator().manual_seed(1)).float()
     many, few = (compute_logprobs(logits, torch.arange(3), count) for count in (200, sampling._MOST_BEST))
-    assert torch.equal(many.top_ids[:, : sampling._MOST_BEST], few.top_ids)
+    for more, fewer in zip(many, few, strict=True):  # who asks for many changes nobody's bits
+        assert torch.equal(more[:, : sampling._MOST_BEST] if more.ndim == 2 else more, fewer)
     assert torch.equal(many.top_ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :200])
 
 

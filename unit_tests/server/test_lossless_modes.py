@@ -14,6 +14,7 @@ from server.messages import Generate, SamplingParams
 from server.router.planner import SpeculationState
 from server.router.prompt_pace import PromptPace
 from unit_tests.checkpoints import make_checkpoint
+from unit_tests.server.commands import pause
 from unit_tests.server.engines import assert_nothing_left, generate, make_engine, make_prompts, watch_passes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -179,6 +180,20 @@ def test_nothing_computed_before_a_flush_is_reused(
     with_other_weights.copy_(with_other_weights.flip(0))
     engine.flush_cache()
     assert serve(engine, conversations) == answers
+
+
+def test_a_flush_while_nothing_may_run_frees_host_memory_at_once(
+    checkpoint: Path, turns: list[tuple[list[Conversation], list[list[int]]]]
+) -> None:
+    engine = load(checkpoint, 2, max_total_tokens=960, host_cache_bytes=2**30, overlap="off")
+    for conversations, answers in turns[:2]:
+        assert serve(engine, conversations) == answers
+    assert engine.runner.mover.entries
+    engine.control(pause("keep"))
+    while not engine.take_done():
+        engine.step()
+    engine.flush_cache()
+    assert not engine.runner.mover.entries and engine.scheduler.cache.host_bytes_used == 0
 
 
 @pytest.mark.parametrize("mtp_step", [0, 3])

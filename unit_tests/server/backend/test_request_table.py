@@ -80,6 +80,15 @@ def test_without_drafts_only_the_newest_token_waits() -> None:
     assert table.next_ids.shape == (6, 1) and table.next_ids[2].tolist() == [4]
 
 
+def test_of_too_many_stop_ids_the_end_of_a_sequence_is_known() -> None:
+    table = make_table()
+    message = Generate("many", [1, 2], SamplingParams(stop_token_ids=tuple(range(100, 130))))
+    request = Request.create(message, (200,), max_model_len=50)
+    request.row = 1
+    admit(table, request)
+    assert table.stop_ids[1].tolist() == [200, *range(100, 115)]
+
+
 def test_pages_are_added_as_a_request_gets_them_and_forgotten_with_its_row() -> None:
     table = make_table()
     request = make_request(1, [1])

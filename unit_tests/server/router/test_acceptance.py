@@ -12,9 +12,7 @@ def test_drafts_behind_a_refused_one_show_nothing() -> None:
     acceptance.update(num_proposed=3, num_accepted=1)
     up, down, same = acceptance.estimates
     assert up > 0.5 > down and same == 0.5
-    assert [acceptance.survival(count) for count in range(4)] == pytest.approx(
-        [1, up, up * down, up * down * 0.5], abs=0.005
-    )
+    assert [1.0, *acceptance.survivals] == pytest.approx([1, up, up * down, up * down * 0.5], abs=0.005)
 
 
 def test_estimates_reach_what_is_true_and_start_fast() -> None:
@@ -22,7 +20,7 @@ def test_estimates_reach_what_is_true_and_start_fast() -> None:
     acceptance = Acceptance([0.7])
     for _ in range(4):
         acceptance.update(1, 0)
-    assert acceptance.survival(1) < 0.4
+    assert acceptance.survivals[0] < 0.4
     for _ in range(1000):
         acceptance.update(1, int(rng.random() < 0.6))
-    assert acceptance.survival(1) == pytest.approx(0.6, abs=0.15)
+    assert acceptance.survivals[0] == pytest.approx(0.6, abs=0.15)

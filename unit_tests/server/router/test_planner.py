@@ -338,6 +338,18 @@ def test_a_machine_that_was_slow_when_it_was_measured_is_found_out_by_plain_step
         assert speed > 0.96 * max(fixed)
 
 
+@pytest.mark.parametrize(("load", "probability"), [(1.4, 0.85), (2.0, 0.6)])
+def test_a_machine_that_gets_slower_is_found_out_soon(load: float, probability: float) -> None:
+    """What seems to be dearer drafts, while there are no plain steps, is all of it."""
+    simulation = simulate(1)
+    simulation.run(1000, lambda _: probability)
+    simulation.load = load
+    simulation.run(200, lambda _: probability)
+    assert simulation.planner.plain_factor == pytest.approx(load, rel=0.06)
+    depths = simulation.run(400, lambda _: probability)
+    assert sum(depth[0] > 0 for depth in depths) > 360
+
+
 def test_drafts_that_were_dear_for_a_while_come_back() -> None:
     table, busy = make_table(), make_table(draft=4.0)
     simulation = Simulation(Planner(K, table, is_adaptive=True), table, batch=1)
