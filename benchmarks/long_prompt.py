@@ -11,12 +11,13 @@ import itertools
 import random
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import trange
 
 from benchmarks.report import percentile, print_json, print_table, spread
-from server.llm import LLM, Generate, SamplingParams
+from server.llm import LLM, Generate, SamplingParams, TandemError
 
 
 def serve_round(llm: LLM, args: argparse.Namespace, has_long_prompt: bool) -> dict[str, list[float]]:
@@ -54,9 +55,8 @@ def _draw(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(256) for _ in range(count)]
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per chunk size and case."""
-    rows = []
     for chunk_size, stream_slowdown in itertools.product(args.chunked_prefill_size, args.stream_slowdown):
         llm = LLM(
             **({"model": args.model} if args.model else {}),
@@ -76,18 +76,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             case = number % 2 == 1
             rounds[case].append(serve_round(llm, args, case))
         for case, samples in rounds.items():
-            rows.append(
-                {
-                    "chunk_size": chunk_size,
-                    "stream_slowdown": stream_slowdown,
-                    "long_prompt": args.long_prompt_len if case else 0,
-                    **spread("itl_p50_ms", (percentile(sample["gaps"], 50) for sample in samples)),
-                    **spread("itl_p99_ms", (percentile(sample["gaps"], 99) for sample in samples)),
-                    **spread("longest_chunk_step_ms", (max(sample["chunk_steps"], default=0.0) for sample in samples)),
-                    "steps_with_chunk": sum(len(sample["chunk_steps"]) for sample in samples) / len(samples),
-                }
-            )
-    return rows
+            yield {
+                "chunk_size": chunk_size,
+                "stream_slowdown": stream_slowdown,
+                "long_prompt": args.long_prompt_len if case else 0,
+                **spread("itl_p50_ms", (percentile(sample["gaps"], 50) for sample in samples)),
+                **spread("itl_p99_ms", (percentile(sample["gaps"], 99) for sample in samples)),
+                **spread("longest_chunk_step_ms", (max(sample["chunk_steps"], default=0.0) for sample in samples)),
+                "steps_with_chunk": sum(len(sample["chunk_steps"]) for sample in samples) / len(samples),
+            }
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -105,13 +102,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
-    """Measure and print."""
+def main(argv: list[str]) -> int:
+    """Measure and print; the exit code is 2, with the reason on stderr, where the engine refuses something."""
     args = parse_args(argv)
-    rows = measure(args)
-    print_table(rows)
-    print_json("long_prompt", vars(args), rows)
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        for row in measure(args):
+            rows.append(row)
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    if rows:
+        print_table(rows)
+        print_json("long_prompt", vars(args), rows)
+    return status
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

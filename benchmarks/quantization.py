@@ -6,16 +6,19 @@ the default are held-out problems of the demo. Prints a table, and as the last l
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.openai_server import RunFailed, one_line
 from benchmarks.report import print_json, print_table
-from server.llm import LLM, SamplingParams
+from server.llm import LLM, SamplingParams, TandemError
 
 # (dtype, quantization), the reference first.
 PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4"))
@@ -26,10 +29,25 @@ Texts = list[tuple[str, str]]
 
 
 def read_texts(file: Path, num_texts: int) -> Texts:
-    """(prompt, answer) of the first lines."""
-    with file.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(num_texts), strict=False)]
-    return [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+    """(prompt, answer) of the first lines, at least one. Raises RunFailed."""
+    texts = []
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(itertools.islice(lines, num_texts), 1):
+                texts.append(_read_text(line, f"{file}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFailed(f"cannot read {file}: {one_line(error)}") from error
+    if not texts:
+        raise RunFailed(f"{file} is empty; it must have a JSON object with question and answer in each line")
+    return texts
+
+
+def _read_text(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        return f"Question: {row['question']}\nAnswer:", f" {row['answer']}"
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunFailed(f"{where} is no JSON object with question and answer: {one_line(error)}") from error
 
 
 def draw_texts(num_texts: int) -> Texts:
@@ -55,9 +73,8 @@ def _perplexity(logprobs: list[float]) -> float:
     return math.exp(-sum(logprobs) / len(logprobs))
 
 
-def measure(args: argparse.Namespace, texts: Texts) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, texts: Texts) -> Iterator[dict[str, Any]]:
     """One row per precision."""
-    rows: list[dict[str, Any]] = []
     expected: list[list[int]] = []
     greedy = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     model = {"model": args.model} if args.model else {}
@@ -66,7 +83,7 @@ def measure(args: argparse.Namespace, texts: Texts) -> list[dict[str, Any]]:
         of_answers, of_all = score(llm, texts)
         said = [output.token_ids for output in llm.generate([prompt for prompt, _ in texts], greedy)]
         expected = expected or said
-        row = {
+        yield {
             "dtype": dtype,
             "weights": quantization,
             "MiB": llm.engine.ready.memory_bytes["weights"] / 2**20,
@@ -74,8 +91,6 @@ def measure(args: argparse.Namespace, texts: Texts) -> list[dict[str, Any]]:
             "of all": of_all,
             "same greedy %": 100 * sum(ours == theirs for ours, theirs in zip(said, expected, strict=True)) / len(said),
         }
-        rows.append(row)
-    return rows
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -86,20 +101,36 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-texts", type=int, default=200, help="texts to read, at most")
     parser.add_argument("--max-tokens", type=int, default=120, help="tokens of a greedy answer, at most")
     parser.add_argument("--num-threads", type=int, default=None, help="CPU threads; default: the cores there are")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_texts < 1:
+        parser.error(f"--num-texts is {args.num_texts}, the least is 1")
+    return args
 
 
-def main(argv: list[str]) -> None:
-    """Measure and print."""
+def main(argv: list[str]) -> int:
+    """Measure and print; the exit code is 2, with the reason on stderr, where something or all of it cannot be."""
     args = parse_args(argv)
-    texts = read_texts(args.texts, args.num_texts) if args.texts else draw_texts(args.num_texts)
-    rows = measure(args, texts)
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        texts = read_texts(args.texts, args.num_texts) if args.texts else draw_texts(args.num_texts)
+        for row in measure(args, texts):
+            rows.append(row)
+    except (RunFailed, TandemError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        status = 2
+    if rows:
+        _report(rows, len(texts), args)
+    return status
+
+
+def _report(rows: list[dict[str, Any]], num_texts: int, args: argparse.Namespace) -> None:
     print_table(
         [{name: f"{value:.4f}" if name in PERPLEXITIES else value for name, value in row.items()} for row in rows]
     )
-    config = {"model": args.model or "demo", "texts": str(args.texts or "held-out problems"), "num_texts": len(texts)}
+    config = {"model": args.model or "demo", "texts": str(args.texts or "held-out problems"), "num_texts": num_texts}
     print_json("quantization", config, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

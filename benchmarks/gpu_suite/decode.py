@@ -44,7 +44,11 @@ def run_decode(
     """Rows of every batch size and mtp_step, then of a real engine loop, then of transformers for one small model."""
     with config_directory(preset) as directory:
         start = time.perf_counter()
-        llm, largest = load_largest(directory, batches, max(MTP_STEPS), context, **settings)
+        try:
+            llm, largest = load_largest(directory, batches, max(MTP_STEPS), context, **settings)
+        except MemoryError as failure:
+            log.add("skipped", what=f"decode {preset}", why=str(failure)[:300])
+            return
         log.add("decode start", model=preset, largest_batch=largest, seconds=time.perf_counter() - start)
         if largest < max(batches):
             log.add("skipped", what=f"decode {preset} above batch {largest}", why="does not fit the memory")

@@ -6,7 +6,7 @@ requests, K drafts, T = K + 1 rows of each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu_suite.dimensions import Dimensions
 
@@ -16,8 +16,8 @@ _WIDE = 4  # bytes of float32
 @dataclass(frozen=True)
 class Workload:
     """A decode step: B requests with `context` tokens in the cache, K = mtp_step; a draft is right with probability
-    `acceptance` if the one before it was. Bytes of a key or value, and of a weight on average. Draft passes score
-    `draft_vocab` tokens, 0: all."""
+    `acceptance` if the one before it was, or a request emits `accept_len` tokens on average where that is known. Bytes
+    of a key or value, and of a weight on average. Draft passes score `draft_vocab` tokens, 0: all."""
 
     batch: int
     mtp_step: int
@@ -26,6 +26,7 @@ class Workload:
     element: int = 2
     weight_element: float = 2.0
     draft_vocab: int = 0
+    accept_len: float | None = None
 
     @property
     def rows(self) -> int:
@@ -35,6 +36,8 @@ class Workload:
     @property
     def tokens_per_step(self) -> float:
         """What a request emits, on average."""
+        if self.accept_len is not None:
+            return self.accept_len
         return sum(self.acceptance**position for position in range(self.rows))
 
 
@@ -62,14 +65,15 @@ def step_pieces(sizes: Dimensions, work: Workload) -> dict[str, list[Piece]]:
     """The parts of a decode step: weights, kv, state, logits, draft."""
     num_rows = work.batch * work.rows
     head, draft_head = (sizes.hidden * vocab for vocab in (sizes.vocab, work.draft_vocab or sizes.vocab))
-    mixers, draft = _mixer_weights(sizes), 2 * sizes.hidden**2 + _attention_weights(sizes)
-    kv_token = 2 * sizes.kv_heads * sizes.head_dim * work.element
-    kv_layer = Piece(work.batch * work.context * kv_token)
+    mixers, fc, keys = _mixer_weights(sizes), 2 * sizes.hidden**2, 2 * sizes.kv_heads * sizes.head_dim
+    kv_layer = Piece(work.batch * work.context * keys * work.element)
+    draft = _weights(sizes, work, fc + _attention_weights(sizes), 1, work.batch)
+    # Of all but the newest rows the first pass wants keys and values only.
+    others = 2 * (num_rows - work.batch) * (fc + sizes.hidden * keys)
     drafts: list[Piece] = []
     for step in range(work.mtp_step):
-        rows = work.batch if step else num_rows
-        head_piece = Piece(work.weight_element * draft_head, 2 * draft_head * work.batch)
-        drafts += [_weights(sizes, work, draft, 1, rows), head_piece, kv_layer]
+        body = draft if step else replace(draft, num_flops=draft.num_flops + others)
+        drafts += [body, Piece(work.weight_element * draft_head, 2 * draft_head * work.batch), kv_layer]
     return {
         "weights": [_weights(sizes, work, mixers + head, sizes.num_layers, num_rows)],
         "kv": [Piece(sizes.num_full_layers * kv_layer.num_bytes)],

@@ -9,6 +9,9 @@ Questions come from the test split and examples from the train split, never the 
 Answers that `--max-tokens` cut off are reported, as a last number found in them may be right by chance. Acceptance of
 drafts is the difference of the server's /metrics, so nobody else should use it meanwhile. `--compare URL2` asks a
 second server the same and lists every output that differs. Prints a table, and as the last line one JSON object.
+
+Failed questions and broken rows are counted and left out: shares are of what was answered. The exit code is 1, with
+the reason on stderr, where a question failed or nothing can be done, 130 after Ctrl-C, which reports what there is.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,19 +30,29 @@ from benchmarks.gsm8k.scores import Run, find_differences, print_results, score,
 from benchmarks.openai_server import RunFailed, Server, growth
 from benchmarks.report import print_json
 
+INTERRUPTED = 130
+
 
 def run(server: Server, shots: Sequence[Problem], questions: Sequence[Problem], args: argparse.Namespace) -> Run:
-    """Ask one server everything, `--parallel` questions at a time. Raises RunFailed at the first that fails."""
+    """Ask one server everything, `--parallel` questions at a time, or what there is until Ctrl-C."""
     before, start = server.read_counters(), time.perf_counter()
-    pool = ThreadPoolExecutor(args.parallel)
-    futures = [pool.submit(ask, server, shots, problem, args) for problem in questions]
+    pool, is_partial = ThreadPoolExecutor(args.parallel), False
+    futures = {problem: pool.submit(ask, server, shots, problem, args) for problem in questions}
     try:
-        for future in tqdm(as_completed(futures), desc=server.url, total=len(futures)):
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        for _ in tqdm(as_completed(futures.values()), desc=server.url, total=len(futures)):
+            pass
+    except KeyboardInterrupt:
+        is_partial = True
+    pool.shutdown(wait=not is_partial, cancel_futures=True)
     seconds, after = time.perf_counter() - start, server.read_counters()
-    return Run(server.url, server.model, [future.result() for future in futures], seconds, growth(before, after))
+    answers, failures = {}, []
+    for problem, future in futures.items():
+        if future.done() and not future.cancelled():
+            try:
+                answers[problem] = future.result()
+            except RunFailed as failure:
+                failures.append(str(failure))
+    return Run(server.url, server.model, answers, seconds, growth(before, after), failures, is_partial)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -69,33 +83,53 @@ def check_args(args: argparse.Namespace) -> None:
             raise RunFailed(f"--{name.replace('_', '-')} is {value}, the least is {limit}")
     if args.thinking == "on" and not args.chat:
         raise RunFailed("--thinking on is a switch of the chat template; add --chat")
-    if args.save_outputs and not Path(args.save_outputs).parent.is_dir():
-        raise RunFailed(f"--save-outputs {args.save_outputs} lies in no directory that exists; make it first")
+    saved = args.save_outputs and Path(args.save_outputs)
+    if saved and (saved.is_dir() or not saved.parent.is_dir()):
+        raise RunFailed(f"--save-outputs {saved} is no file in a directory that exists; make that first")
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Ask, score, compare, print. Raises RunFailed."""
+def measure(args: argparse.Namespace) -> int:
+    """Ask, score, compare, print; the exit code. Raises RunFailed."""
     check_args(args)
-    shots, questions = choose_problems(args)
+    shots, questions, num_broken = choose_problems(args)
     servers = [Server(url, args.timeout) for url in (args.base_url, args.compare) if url is not None]
-    runs = [run(server, shots, questions, args) for server in servers]
+    runs: list[Run] = []
+    for server in servers:
+        runs.append(run(server, shots, questions, args))
+        if runs[-1].is_partial:
+            break
+    if any(done.answers for done in runs):
+        _report(runs, num_broken, args)
+    if runs[-1].is_partial:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if failed := [f"{len(one.failures)} of {len(questions)}, first {one.failures[0]}" for one in runs if one.failures]:
+        raise RunFailed(f"questions failed: {'; '.join(failed)}")
+    return 0
+
+
+def _report(runs: Sequence[Run], num_broken: int, args: argparse.Namespace) -> None:
+    scores = [score(done) for done in runs if done.answers]
+    results: dict[str, Any] = {"servers": scores, "skipped": num_broken, "is_partial": runs[-1].is_partial}
+    num_compared = 0
+    if len(runs) > 1:
+        num_compared = len(runs[0].answers.keys() & runs[1].answers.keys())
+        results["differences"] = find_differences(runs[0], runs[1])
+    print_results(scores, results.get("differences", []), num_compared)
+    if num_broken:
+        print(f"{num_broken} rows of the data were broken and left out")
+    print_json("gsm8k", vars(args), results)
     if args.save_outputs:
-        write_outputs(args.save_outputs, runs, questions)
-    scores = [score(done, questions) for done in runs]
-    differences = find_differences(runs[0], runs[1], questions) if args.compare else []
-    print_results(scores, differences)
-    results = {"servers": scores}
-    print_json("gsm8k", vars(args), results | {"differences": differences} if args.compare else results)
+        write_outputs(args.save_outputs, runs)
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 1 with the reason on stderr."""
+    """The exit code: 0, or 1 with the reason on stderr, or that of an interruption."""
     try:
-        measure(parse_args(argv))
-    except RunFailed as failure:
+        return measure(parse_args(argv))
+    except (RunFailed, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

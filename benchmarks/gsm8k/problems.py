@@ -43,8 +43,9 @@ def parse_answer(text: str) -> Decimal | None:
     return -value if matches[-1]["sign"] else value
 
 
-def read_split(data: str, split: str, subset: str) -> list[Problem]:
-    """The problems of `split` ("train" or "test") in a file, a directory or on the Hub. Raises RunFailed."""
+def read_split(data: str, split: str, subset: str) -> tuple[list[Problem], int]:
+    """The problems of `split` ("train" or "test") in a file, a directory or on the Hub, and how many rows were broken.
+    Raises RunFailed, where none is whole too."""
     path = Path(data)
     if path.is_file():
         path = _file_of_split(path, split)
@@ -84,10 +85,18 @@ def _read_rows(path: Path) -> Sequence[Any]:
         if path.suffix == ".parquet":
             return _read_parquet(path)
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            return [_read_line(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise RunFailed(f"cannot read {path}: {one_line(error)}") from error
     raise RunFailed(f"cannot read {path}: the formats are .jsonl and .parquet")
+
+
+def _read_line(line: bytes) -> Any:
+    """None where it is not JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _read_parquet(path: Path) -> Sequence[Any]:
@@ -113,33 +122,42 @@ def _read_with_datasets(data: str, split: str, subset: str) -> Iterable[Any]:
         raise RunFailed(f"the datasets library cannot load {data} ({subset}, {split}): {one_line(error)}") from error
 
 
-def _make_problems(rows: Iterable[Any], where: str) -> list[Problem]:
-    problems = []
-    for number, row in enumerate(rows, 1):
-        question, answer = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise RunFailed(f"row {number} of {where} has no texts `question` and `answer`; is it GSM8K?")
-        gold = parse_answer(answer.partition(ANSWER_MARK)[2])
-        if gold is None:
-            raise RunFailed(f"row {number} of {where} has no number after {ANSWER_MARK} in its answer; is it GSM8K?")
-        problems.append(Problem(number, question, answer, gold))
-    return problems
+def _make_problems(rows: Iterable[Any], where: str) -> tuple[list[Problem], int]:
+    found = [_make_problem(number, row) for number, row in enumerate(rows, 1)]
+    problems = [problem for problem in found if problem is not None]
+    if not problems:
+        raise RunFailed(
+            f"{where} has no row with a `question` and an `answer` with a number after {ANSWER_MARK} "
+            f"({len(found)} are broken); is it GSM8K?"
+        )
+    return problems, len(found) - len(problems)
 
 
-def choose_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
-    """The first problems of the train split as examples, and those of the test split as questions. Raises RunFailed."""
-    questions = _take(read_split(args.data, "test", args.subset), args.num_questions, "--num-questions", "test")
-    shots = _take(read_split(args.data, "train", args.subset), args.shots, "--shots", "train") if args.shots else []
+def _make_problem(number: int, row: Any) -> Problem | None:
+    question, answer = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        return None
+    gold = parse_answer(answer.partition(ANSWER_MARK)[2])
+    return None if gold is None else Problem(number, question, answer, gold)
+
+
+def choose_problems(args: argparse.Namespace) -> tuple[list[Problem], list[Problem], int]:
+    """The first problems of the train split as examples, those of the test split as questions, and how many rows of
+    both were broken and left out. Raises RunFailed."""
+    tests, num_broken = read_split(args.data, "test", args.subset)
+    trains, num_broken_shots = read_split(args.data, "train", args.subset) if args.shots else ([], 0)
+    questions = _take(tests, args.num_questions, "--num-questions", "test")
+    shots = _take(trains, args.shots, "--shots", "train")
     asked = {problem.question: problem.number for problem in questions}
     for shot in shots:
         if shot.question in asked:
             raise RunFailed(
                 f"train problem {shot.number} is test question {asked[shot.question]}: the splits are mixed"
             )
-    return shots, questions
+    return shots, questions, num_broken + num_broken_shots
 
 
 def _take(problems: list[Problem], count: int | None, flag: str, split: str) -> list[Problem]:
-    if not problems or (count or 0) > len(problems):
-        raise RunFailed(f"{flag} asks for {count or 'all'} problems, the {split} split has {len(problems)}")
+    if (count or 0) > len(problems):
+        raise RunFailed(f"{flag} asks for {count} problems, the {split} split has {len(problems)}")
     return problems[:count]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,29 @@ SNIPPET_LEN = 40  # characters shown of an output from where it differs
 
 @dataclass(frozen=True)
 class Run:
-    """All answers of one server, in the order of the questions, and by how much its counters grew."""
+    """What one server answered, in the order of the questions, why it failed others, and by how much its counters grew.
+    `is_partial` says that it was broken off."""
 
     url: str
     model: str
-    answers: list[Answer]
+    answers: Mapping[Problem, Answer]
     seconds: float
     counters: Counters
+    failures: Sequence[str] = ()
+    is_partial: bool = False
 
 
-def score(done: Run, questions: Sequence[Problem]) -> dict[str, Any]:
-    """Shares of all questions, tokens, speed and acceptance. `stderr` is of the accuracy; None stands for not known."""
-    answers, size = done.answers, len(questions)
-    is_right = [answer.value == problem.gold for answer, problem in zip(answers, questions, strict=True)]
+def score(done: Run) -> dict[str, Any]:
+    """Shares of all questions that were answered (at least one), tokens, speed and acceptance. `stderr` is of the
+    accuracy; None stands for not known."""
+    answers, size = list(done.answers.values()), len(done.answers)
+    is_right = [answer.value == problem.gold for problem, answer in done.answers.items()]
     accuracy, num_tokens = sum(is_right) / size, sum(answer.num_tokens for answer in answers)
     return {
         "url": done.url,
         "model": done.model,
         "questions": size,
+        "failed": len(done.failures),
         "accuracy": accuracy,
         "stderr": math.sqrt(accuracy * (1 - accuracy) / size),
         "invalid": sum(answer.value is None for answer in answers) / size,
@@ -49,10 +54,11 @@ def score(done: Run, questions: Sequence[Problem]) -> dict[str, Any]:
     }
 
 
-def find_differences(first: Run, second: Run, questions: Sequence[Problem]) -> list[dict[str, Any]]:
-    """One entry per question whose outputs differ: where, from 0, both from there on, and both answers."""
+def find_differences(first: Run, second: Run) -> list[dict[str, Any]]:
+    """One entry per question that both answered otherwise: where, from 0, both from there on, and both answers."""
     found = []
-    for problem, one, other in zip(questions, first.answers, second.answers, strict=True):
+    for problem, one in first.answers.items():
+        other = second.answers.get(problem, one)
         if (one.text, one.finish_reason) == (other.text, other.finish_reason):
             continue
         place = next((i for i, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), None)
@@ -68,8 +74,8 @@ def _snippet(answer: Answer, place: int) -> str:
     return rest if place + SNIPPET_LEN < len(answer.text) else f"{rest}<{answer.finish_reason}>"
 
 
-def print_results(scores: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:
-    """The table, and a line per difference."""
+def print_results(scores: list[dict[str, Any]], differences: list[dict[str, Any]], num_compared: int) -> None:
+    """The table, and a line per difference among the outputs that were compared."""
     print_table([_table_row(result) for result in scores])
     for result in scores:
         if result["tokens_of_others"]:
@@ -79,8 +85,8 @@ def print_results(scores: list[dict[str, Any]], differences: list[dict[str, Any]
     for found in differences:
         one, other = (f"{text!r} ({value})" for text, value in zip(found["outputs"], found["answers"], strict=True))
         print(f"question {found['question']} differs from character {found['character']}: {one} | {other}")
-    if len(scores) > 1:
-        print(f"{len(differences)} of {scores[0]['questions']} outputs differ")
+    if num_compared:
+        print(f"{len(differences)} of {num_compared} outputs differ")
 
 
 def _table_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def _table_row(result: dict[str, Any]) -> dict[str, Any]:
     per_position = result["acceptance_per_position"]
     return {
         "questions": result["questions"],
+        "failed": result["failed"],
         **shown,
         "mean_output_len": result["mean_output_len"],
         "output_tok_s": result["output_tok_s"],
@@ -101,11 +108,11 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_outputs(path: str, runs: Sequence[Run], questions: Sequence[Problem]) -> None:
+def write_outputs(path: str, runs: Sequence[Run]) -> None:
     """One JSON line per server and question: what was asked for and what came."""
     with Path(path).open("w", encoding="utf-8") as file:
         for done in runs:
-            for problem, answer in zip(questions, done.answers, strict=True):
+            for problem, answer in done.answers.items():
                 value = None if answer.value is None else str(answer.value)
                 numbers = {"question": problem.number, "gold": str(problem.gold), "answer": value}
                 line = {"url": done.url, **numbers, "finish_reason": answer.finish_reason, "text": answer.text}

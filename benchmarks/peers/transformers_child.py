@@ -35,7 +35,7 @@ class TransformersDecoder:
     def __init__(self, task: dict[str, Any]):
         transformers.utils.logging.set_verbosity_error()
         torch.set_num_threads(task["num_threads"])
-        self._model = transformers.Qwen3_5ForCausalLM.from_pretrained(task["model"], dtype="auto").eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(task["model"], dtype="auto").eval()
         self._model.generation_config.eos_token_id = None
 
     def decode(self, prompts: list[Tokens], num_steps: int, take: Callable[[Tokens], None]) -> None:

@@ -185,16 +185,19 @@ def _unpack(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot_weight_updates(results: dict[str, Any]) -> Iterator[Plot]:
-    """Of weight_updates: how long each way takes, and how long streams stand still."""
+    """Of weight_updates: how long each way takes, and how long streams stand still; the parts that were run."""
+    rows = results.get("times", ())
     for title, columns in (
         ("An update", {"until it serves": "update_seconds", "the publisher's part": "publish_seconds"}),
         ("Of these, without tokens", {"commit": "commit_ms", "longest gap of a stream": "longest_gap_ms"}),
     ):
-        rows = results["times"]
+        if not rows:
+            break
         series = [Series(label, [(row["way"], row[column]) for row in rows]) for label, column in columns.items()]
         unit = "seconds" if title == "An update" else "ms"
         yield Plot(WEIGHTS, title, Chart("bars", "way", unit, series))
-    yield Plot(WEIGHTS, "Under load", rows=[results["load"]])
+    if "load" in results:
+        yield Plot(WEIGHTS, "Under load", rows=[results["load"]])
 
 
 def plot_tables(results: Any) -> Iterator[Plot]:

@@ -170,7 +170,7 @@ def _output_len(args: argparse.Namespace, filler: _Filler) -> int:
 
 def _read_gsm8k(args: argparse.Namespace) -> Dataset:
     choice = argparse.Namespace(data=args.data, subset="main", num_questions=None, shots=args.shots)
-    shots, problems = choose_problems(choice)
+    shots, problems, num_broken = choose_problems(choice)
     max_tokens = args.output_len or GSM8K_OUTPUT_LEN
     if args.endpoint == CHAT:
         opening = chat_messages(shots, problems[0])[:-1]
@@ -178,7 +178,7 @@ def _read_gsm8k(args: argparse.Namespace) -> Dataset:
     else:
         prompts = [completion_prompt(shots, problem) for problem in problems]
         asked = [Conversation(COMPLETIONS, [Turn(prompt, max_tokens)], stop=STOP) for prompt in prompts]
-    return Dataset(itertools.cycle(asked), len(asked))
+    return Dataset(itertools.cycle(asked), len(asked), num_broken)
 
 
 def _read_sharegpt(args: argparse.Namespace, rng: random.Random) -> Dataset:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,24 @@ def plot(loads: Sequence[dict[str, Any]], path: Path) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(_PANELS), 4), layout="constrained")
-    names = [server["server"] for server in loads[0]["servers"]]
     for axes, (title, read) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
-        for place, name in enumerate(names):
-            points = [(float(load["value"]), read(load["servers"][place]) or math.nan) for load in loads]
+        lines = make_lines(loads, read)
+        for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.set_xlabel(loads[0]["kind"].replace("_", " "))
         axes.set_title(title)
         axes.set_ylim(bottom=0)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines))
     figure.savefig(path)
     return f"the plot is in {path}"
+
+
+def make_lines(
+    loads: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], float | None]
+) -> dict[str, list[tuple[float, float]]]:
+    """Points of each server: the load, and what `read` finds. One that was broken off may lack some servers."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for load in loads:
+        for row in load["servers"]:
+            lines.setdefault(row["server"], []).append((float(load["value"]), read(row) or math.nan))
+    return lines

@@ -11,7 +11,8 @@ More contestants, whose rounds are interleaved: `--compare transformers` runs th
 `transformers.generate`, `--compare overlap` the engine with and without overlap of host and device, `--baseline DIR`
 another checkout of this project and this one, both with their default settings. `--trace FILE` writes a timeline with
 overlap for chrome://tracing or Perfetto and says how much of the host's work was hidden behind the device's. Prints
-tables, and as the last line one JSON object. What does not fit in memory is named and left out; the exit code is 1.
+tables, and as the last line one JSON object. What does not fit in memory or fails is named and left out; the exit code
+is then 1.
 """
 
 import argparse
@@ -19,12 +20,15 @@ import gc
 import itertools
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.openai_server import one_line
 from benchmarks.report import print_json, print_table
 from benchmarks.static_throughput.acceptance import choose_acceptances
 from benchmarks.static_throughput.comparisons import (
@@ -39,6 +43,8 @@ from benchmarks.static_throughput.prefill import measure_prefill
 from benchmarks.static_throughput.presets import PRESET_NAMES, Preset, TooLarge, open_preset
 from server.llm import TandemError
 
+# SystemExit: another checkout's process refuses its task.
+_FAILURES = (TandemError, ImportError, OSError, RuntimeError, ValueError, SystemExit)
 _KEY = ("batch", "context", "mtp_step", "acceptance")
 _TABLES = (
     (*_KEY, "step_ms", "step_ms_p10", "step_ms_p90", "tok_s", "itl_ms", "accept_len"),
@@ -48,27 +54,35 @@ _TABLES = (
 
 
 def measure_preset(preset: Preset, args: argparse.Namespace) -> dict[str, Any]:
-    """All tables of one preset; what an engine refuses, as too large, is named in `skipped`."""
+    """All tables of one preset; what an engine refuses, as too large, and what fails is named in `skipped`."""
     names = ("prefill", "rows", "transformers", "overlap", "baseline", "skipped")
     tables: dict[str, list[Any]] = {name: [] for name in names}
     probe, settings = BandwidthProbe(args.device), {"num_threads": args.num_threads} | args.set
     jobs: list[Cell | None] = [None] if args.chunks else []
     jobs += [Cell(batch, context) for context, batch in itertools.product(args.context, args.batch)]
     for cell in tqdm(jobs, desc=preset.name):
-        try:
+        with _skipping(tables["skipped"], f"{preset.name}, {cell or 'prefill'}"):
             if cell is None:
                 tables["prefill"] = measure_prefill(preset, args.context, args.chunks, args.rounds, settings)
             else:
                 _measure_cell(preset, cell, probe, tables, settings, args)
-        except TandemError as error:
-            tables["skipped"].append(f"{preset.name}, {cell or 'prefill'}: {error}")
-        gc.collect()
     hidden = None
     if args.trace is not None and args.batch:
         cell = Cell(max(args.batch), max(args.context))
-        hidden = trace_steps(preset, cell, max(args.mtp_steps), args.trace, args.steps, settings)
+        with _skipping(tables["skipped"], f"{preset.name}, trace of {cell}"):
+            hidden = trace_steps(preset, cell, max(args.mtp_steps), args.trace, args.steps, settings)
     about = {"preset": preset.name, "dtype": args.set.get("dtype", preset.dtype), "gb_s": probe.bytes_per_second / 1e9}
     return about | tables | {"hidden_host_share": hidden}
+
+
+@contextmanager
+def _skipping(skipped: list[str], what: str) -> Iterator[None]:
+    """What fails inside becomes a line of `skipped`; its engines are gone afterwards."""
+    try:
+        yield
+    except _FAILURES as error:
+        skipped.append(f"{what}: {one_line(error)}")
+    gc.collect()
 
 
 def _measure_cell(
@@ -82,14 +96,15 @@ def _measure_cell(
     counts = args.steps, args.rounds, settings
     tables["rows"] += measure_cell(preset, cell, args.mtp_steps, args.acceptances, probe, *counts)
     gc.collect()
-    if "transformers" in args.compare:
-        tables["transformers"].append(compare_transformers(preset, cell, *counts))
-        gc.collect()
-    if "overlap" in args.compare:
-        tables["overlap"] += compare_overlap(preset, cell, args.mtp_steps, *counts)
-        gc.collect()
-    if args.baseline is not None:
-        tables["baseline"] += compare_baseline(preset, cell, args.mtp_steps, args.baseline, *counts)
+    comparisons = {
+        "transformers": lambda: [compare_transformers(preset, cell, *counts)],
+        "overlap": lambda: compare_overlap(preset, cell, args.mtp_steps, *counts),
+        "baseline": lambda: compare_baseline(preset, cell, args.mtp_steps, args.baseline, *counts),
+    }
+    for name, compare in comparisons.items():
+        if name in args.compare or (name == "baseline" and args.baseline is not None):
+            with _skipping(tables["skipped"], f"{preset.name}, {cell}, {name}"):
+                tables[name] += compare()
 
 
 def print_tables(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -132,10 +147,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min([*args.batch, *args.context, *args.chunks, args.steps, args.rounds, args.num_threads]) < 1:
         parser.error("sizes and counts must be at least 1")
+    if args.baseline is not None and not (args.baseline / "server" / "llm.py").is_file():
+        parser.error(f"--baseline {args.baseline} is no checkout of this project: it has no server/llm.py")
+    if args.trace is not None and (args.trace.is_dir() or not args.trace.parent.is_dir()):
+        parser.error(f"--trace {args.trace} must be a file in a directory that exists")
     if not all("=" in pair for pair in args.set):
         parser.error(f"--set takes NAME=VALUE, got {' '.join(args.set)}")
     args.set = {name: _parse_value(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     return args
+
+
+def count_engines(args: argparse.Namespace) -> int:
+    """The most models that stand side by side: one per mtp_step, or two that are compared."""
+    return max(len(args.mtp_steps), 2 if args.compare or args.baseline is not None else 1)
 
 
 def _parse_value(text: str) -> Any:
@@ -156,7 +180,7 @@ def main(argv: list[str]) -> int:
     results, refused = [], []
     for name in args.preset:
         try:
-            with open_preset(name, len(args.mtp_steps), args.device) as preset:
+            with open_preset(name, count_engines(args), args.device) as preset:
                 results.append(measure_preset(preset, args))
         except TooLarge as error:
             refused.append(str(error))

@@ -1,5 +1,6 @@
 """Decode steps of one cell beside those of others, in interleaved rounds: transformers, overlap, another checkout."""
 
+import gc
 import json
 import statistics
 import time
@@ -76,14 +77,8 @@ def compare_overlap(
     """Rows per mtp_step: tokens per second with and without overlap."""
     rows = []
     for k in mtp_steps:
-        longest = cell.context + room_of(num_steps, k)
-        off, on = (
-            DecodeBench(preset, k, cell.batch, longest, **(settings | {"overlap": overlap}))
-            for overlap in ("off", "on")
-        )
-        rounds = [
-            tuple(bench.speed(cell, num_steps, number) for bench in (off, on)) for number in range(num_rounds + 1)
-        ][1:]
+        rounds = _overlap_rounds(preset, cell, k, num_steps, num_rounds, settings)
+        gc.collect()  # two engines at a time
         rows.append(
             {
                 "batch": cell.batch,
@@ -95,6 +90,20 @@ def compare_overlap(
             }
         )
     return rows
+
+
+def _overlap_rounds(
+    preset: Preset, cell: Cell, mtp_step: int, num_steps: int, num_rounds: int, settings: dict[str, Any]
+) -> list[tuple[float, float]]:
+    longest = cell.context + room_of(num_steps, mtp_step)
+    off, on = (
+        DecodeBench(preset, mtp_step, cell.batch, longest, **(settings | {"overlap": overlap}))
+        for overlap in ("off", "on")
+    )
+    rounds = [
+        (off.speed(cell, num_steps, number), on.speed(cell, num_steps, number)) for number in range(num_rounds + 1)
+    ]
+    return rounds[1:]
 
 
 def compare_baseline(

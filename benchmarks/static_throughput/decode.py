@@ -151,12 +151,12 @@ class DecodeBench:
     def count_bytes(self, cell: Cell, accept_len: float) -> float:
         """What a step must move: weights once, keys and values, states read and written, logits, and what drafts
         take."""
-        runner, k = self.engine.runner, self.mtp_step
+        runner = self.engine.runner
         work = Workload(
             batch=cell.batch,
-            mtp_step=k,
+            mtp_step=self.mtp_step,
             context=cell.context,
-            acceptance=(accept_len - 1) / k if k else 0.0,
+            accept_len=accept_len,
             element=runner.table.cache.kv.data.element_size(),
             weight_element=runner.plan.sizes.weights / self.preset.num_weights,
             draft_vocab=0 if runner.draft is None else runner.draft.vocabulary.num_first,

@@ -19,6 +19,7 @@ class BandwidthProbe:
         self._buffer = torch.ones(num_bytes // 4, device=device)
         self._seconds: list[float] = []
         self._read()
+        self.read()
 
     def read(self) -> None:
         """Once, timed."""

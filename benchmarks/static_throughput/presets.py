@@ -81,7 +81,7 @@ def _check_room(name: str, config: dict[str, Any], num_engines: int, device: str
     free, disk = free_memory(device), shutil.disk_usage(tempfile.gettempdir()).free
     size = f"preset {name} does not fit: its weights take {num_bytes} bytes ({num_bytes / GIB:.1f} GiB)"
     if num_bytes * num_engines > free:
-        mend = "fewer --mtp-steps, or a smaller preset" if num_engines > 1 else "a smaller preset"
+        mend = "fewer --mtp-steps, no comparison, or a smaller preset" if num_engines > 1 else "a smaller preset"
         raise TooLarge(
             f"{size} in each of {num_engines} engines that stand side by side, and {free} bytes ({free / GIB:.1f} GiB) "
             f"are free: give {mend}"

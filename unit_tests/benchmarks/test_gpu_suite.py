@@ -24,7 +24,7 @@ from benchmarks.gpu_suite.dimensions import Dimensions, dimensions_of
 from benchmarks.gpu_suite.jobs import PARTS, Stage, plan
 from benchmarks.gpu_suite.log import Log, read_rows
 from benchmarks.gpu_suite.processes import run_stages
-from benchmarks.gpu_suite.roofline import Card, Workload, floor_bytes, floor_seconds, prefill_floor_seconds
+from benchmarks.gpu_suite.roofline import Card, Workload, floor_bytes, floor_seconds, prefill_floor_seconds, step_pieces
 from benchmarks.gpu_suite.summary import even, is_red, pack, print_results
 from kernels.gpu.dispatch import triton_takes
 from unit_tests.benchmarks.byte_counter import count_bytes
@@ -153,6 +153,11 @@ def test_kernels_of_a_step_move_little_more_than_the_floor(batch: int, mtp_step:
     assert 1.0 < step_bytes(sizes, work) / floor_bytes(sizes, work) < 1.1
 
 
+def test_the_first_draft_pass_runs_its_layer_for_the_newest_rows_alone() -> None:
+    first, later = step_pieces(dimensions_of("35B-A3B"), Workload(8, 3))["draft"][:4:3]
+    assert first.num_bytes == later.num_bytes and later.num_flops < first.num_flops < 2 * later.num_flops
+
+
 @pytest.mark.parametrize(("num_tokens", "context"), [(1, 300), (3, 300), (2, 4100)])
 def test_interpreted_kernels_touch_as_many_bytes_as_counted(num_tokens: int, context: int) -> None:
     setting = make_setting(num_tokens, context)
@@ -251,9 +256,10 @@ def test_the_floor_of_prompts_is_their_products_or_the_weights() -> None:
     assert 1.0 < weights[0] / weights[1] < 1.05, "only attention grows faster than the prompt"
 
 
-def test_a_model_that_fits_nowhere_says_why(fake_cuda: None) -> None:
-    with static_decode.config_directory("nano") as directory, pytest.raises(MemoryError, match="batch 1: "):
-        static_decode.load_largest(directory, [1, 2], 1, 24, **{**ON_CPU, "max_total_tokens": 1})
+def test_a_model_that_fits_nowhere_is_skipped_and_says_why(fake_cuda: None, tmp_path: Path) -> None:
+    decode.run_decode("nano", SPEED, Log(tmp_path / "rows", 60), [1, 2], 24, **{**ON_CPU, "max_total_tokens": 1})
+    (row,) = read_rows(tmp_path / "rows")
+    assert (row["table"], row["what"]) == ("skipped", "decode nano") and "batch 1: " in row["why"]
 
 
 def test_speed_is_described_by_floor_and_bytes() -> None:

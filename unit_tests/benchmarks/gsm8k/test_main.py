@@ -1,16 +1,18 @@
 """The whole harness against a small HTTP server that says what a test wants, and against the real one."""
 
+import itertools
 import json
 import random
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gsm8k import __main__ as harness
 from benchmarks.gsm8k.__main__ import main
 from models.training.word_problems import draw_problem
 from unit_tests.benchmarks.gsm8k.fake_server import FakeServer, asked_number, right_answer
@@ -151,19 +153,15 @@ BAD_INPUTS = {
     "no requests": (break_nothing, ["--parallel", "0"], "--parallel is 0, the least is 1"),
     "nan": (break_nothing, ["--temperature", "nan"], "--temperature is nan, the least is 0"),
     "thinking in a completion": (break_nothing, ["--thinking", "on"], "add --chat"),
-    "nowhere to save": (break_nothing, ["--save-outputs", "missing/x.jsonl"], "no directory that exists"),
+    "nowhere to save": (break_nothing, ["--save-outputs", "missing/x.jsonl"], "no file in a directory that exists"),
+    "a directory to save": (break_nothing, ["--save-outputs", "."], "no file in a directory that exists"),
     "no test split": (lambda data: (data / "test.jsonl").unlink(), [], "no test file (.jsonl, .parquet) in"),
     "no train split": (lambda data: (data / "train.jsonl").unlink(), [], "no train file (.jsonl, .parquet) in"),
-    "empty": (lambda data: write_rows(data / "test.jsonl", []), [], "the test split has 0"),
-    "not json": (lambda data: (data / "test.jsonl").write_text("{\n"), [], "cannot read"),
-    "not utf-8": (lambda data: (data / "test.jsonl").write_bytes(b"\xff\n"), [], "cannot read"),
-    "other fields": (lambda data: write_rows(data / "test.jsonl", [{"text": "x"}]), [], "row 1 of"),
-    "no objects": (lambda data: write_rows(data / "test.jsonl", [["x"]]), [], "no texts `question` and `answer`"),
-    "no gold": (
-        lambda data: write_rows(data / "test.jsonl", [*TEST, {"question": "?", "answer": "2 ####"}]),
-        [],
-        "row 13 of",
-    ),
+    "empty": (lambda data: write_rows(data / "test.jsonl", []), [], "(0 are broken)"),
+    "not json": (lambda data: (data / "test.jsonl").write_text("{\n{\n"), [], "(2 are broken)"),
+    "not utf-8": (lambda data: (data / "test.jsonl").write_bytes(b"\xff\n"), [], "(1 are broken)"),
+    "other fields": (lambda data: write_rows(data / "test.jsonl", [{"text": "x"}]), [], "has no row with a `question`"),
+    "no objects": (lambda data: write_rows(data / "train.jsonl", [["x"]]), [], "train split has no row with"),
     "mixed splits": (
         lambda data: write_rows(data / "train.jsonl", TRAIN[:4] + TEST[6:7]),
         [],
@@ -220,17 +218,65 @@ def test_a_second_server_that_is_not_there_is_noticed_before_anything_is_asked(
     assert server.requests == []
 
 
-def test_a_refused_question_ends_the_run_and_is_named(
-    serve: Callable[..., FakeServer], data: Path, capsys: pytest.CaptureFixture[str]
+def test_a_refused_question_is_counted_and_named_and_the_others_are_kept(
+    serve: Callable[..., FakeServer], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(body: dict[str, Any]) -> tuple[str, str, int]:
         return ("the prompt is too long", "refuse", 0) if asked_number(body) == 2 else right_answer(body)
 
-    server = serve(reply)
-    assert main(["--base-url", server.url, "--data", str(data), "--parallel", "1"]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: question 2: ") and "answers 400" in line and "the prompt is too long" in line
-    assert len(server.requests) < len(TEST)
+    servers, saved = [serve(reply).url, serve(right_answer).url], tmp_path / "outputs.jsonl"
+    flags = ["--data", str(data), "--save-outputs", str(saved)]
+    assert main(["--base-url", servers[0], "--compare", servers[1], *flags]) == 1
+    output = capsys.readouterr()
+    line = output.err.splitlines()[-1]
+    assert line.startswith("error: questions failed: 1 of 12, first question 2: ") and "the prompt is too long" in line
+    results = results_of(output.out)
+    assert [(one["questions"], one["failed"], one["accuracy"]) for one in results["servers"]] == [
+        (11, 1, 1),
+        (12, 0, 1),
+    ]
+    assert "0 of 11 outputs differ" in output.out and results["is_partial"] is False
+    assert len(saved.read_text().splitlines()) == 11 + 12
+
+
+def test_ctrl_c_keeps_what_was_answered(
+    serve: Callable[..., FakeServer],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(done: Iterable[Any], **_: object) -> Iterator[Any]:
+        yield from itertools.islice(done, 3)
+        raise KeyboardInterrupt
+
+    is_over = threading.Event()
+
+    def reply(body: dict[str, Any]) -> tuple[str, str, int]:
+        assert asked_number(body) <= 3 or is_over.wait(30)
+        return right_answer(body)
+
+    monkeypatch.setattr(harness, "tqdm", interrupt)
+    server, saved = serve(reply), tmp_path / "outputs.jsonl"
+    flags = ["--parallel", "1", "--save-outputs", str(saved), "--compare", server.url]
+    try:
+        assert main(["--base-url", server.url, "--data", str(data), *flags]) == 130
+    finally:
+        is_over.set()
+    output = capsys.readouterr()
+    results = results_of(output.out)
+    (only,) = results["servers"]
+    assert (only["questions"], only["failed"], results["is_partial"]) == (3, 0, True)
+    assert len(saved.read_text().splitlines()) == 3 and output.err == "error: interrupted\n"
+
+
+def test_broken_rows_are_told_in_one_line(
+    serve: Callable[..., FakeServer], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(data / "test.jsonl", [{"text": "x"}, *TEST, ["x"]])
+    assert main(["--base-url", serve(right_answer).url, "--data", str(data)]) == 0
+    output = capsys.readouterr().out
+    assert results_of(output)["skipped"] == 2 and "\n2 rows of the data were broken and left out\n" in output
 
 
 def assert_fails(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_a_directory_gives_questions_from_test_and_examples_from_train(
     write_splits(tmp_path / "set" / folder, train, test)
     write_splits(tmp_path / "set" / "socratic")
     (tmp_path / "set" / "testing.jsonl").write_text("not a split")
-    shots, questions = choose_problems(args_for(tmp_path / "set", "--shots", "7"))
+    shots, questions, _ = choose_problems(args_for(tmp_path / "set", "--shots", "7"))
     assert [shot.question for shot in shots] == [row["question"] for row in TRAIN]
     assert [(problem.number, problem.gold) for problem in questions] == [(n, 1000 * n) for n in range(1, 13)]
 
@@ -70,13 +71,23 @@ def test_shards_follow_each_other_and_lines_may_hold_any_character(tmp_path: Pat
     strange = {"question": "One\u2028two\x85three?", "answer": "#### -3"}
     write_rows(tmp_path / "test-00001-of-00002.jsonl", [strange])
     write_rows(tmp_path / "test-00000-of-00002.jsonl", TEST)
-    _, questions = choose_problems(args_for(tmp_path, "--shots", "0"))
+    _, questions, num_broken = choose_problems(args_for(tmp_path, "--shots", "0"))
     assert [problem.number for problem in questions] == list(range(1, 14))
-    assert questions[-1].question == strange["question"] and questions[-1].gold == -3
+    assert questions[-1].question == strange["question"] and questions[-1].gold == -3 and num_broken == 0
+
+
+def test_broken_rows_of_both_splits_are_counted_and_left_out(tmp_path: Path) -> None:
+    bad: list[Any] = [{"text": "x"}, ["x"], {"question": "?", "answer": "2 ####"}]
+    write_rows(tmp_path / "train.jsonl", [*TRAIN, *bad])
+    path = write_rows(tmp_path / "test.jsonl", [*bad, *TEST])
+    path.write_bytes(b"{\n\xff\n" + path.read_bytes())
+    shots, questions, num_broken = choose_problems(args_for(tmp_path, "--shots", "7"))
+    assert (len(shots), len(questions), num_broken) == (7, 12, 3 + 5)
+    assert [problem.number for problem in questions] == list(range(6, 18))
 
 
 def test_a_file_gives_the_questions_and_its_train_sibling_the_examples(data: Path) -> None:
-    shots, questions = choose_problems(args_for(data / "test.jsonl", "--num-questions", "2"))
+    shots, questions, _ = choose_problems(args_for(data / "test.jsonl", "--num-questions", "2"))
     assert [shot.question for shot in shots] == [row["question"] for row in TRAIN[:5]] and len(questions) == 2
 
 
@@ -86,7 +97,7 @@ def test_parquet_files_are_read_where_pyarrow_is_installed(tmp_path: Path) -> No
     (tmp_path / "main").mkdir()
     for name, rows in (("train", TRAIN), ("test", TEST)):
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "main" / f"{name}-00000-of-00001.parquet")
-    shots, questions = choose_problems(args_for(tmp_path))
+    shots, questions, _ = choose_problems(args_for(tmp_path))
     assert len(shots) == 5 and [problem.gold for problem in questions] == [1000 * n for n in range(1, 13)]
 
 
@@ -94,5 +105,5 @@ def test_other_layouts_and_hub_names_go_through_datasets_where_it_is_installed(t
     datasets = pytest.importorskip("datasets")
     splits = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", TRAIN), ("test", TEST))}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
-    shots, questions = choose_problems(args_for(tmp_path / "saved"))
+    shots, questions, _ = choose_problems(args_for(tmp_path / "saved"))
     assert [shot.question for shot in shots] == [row["question"] for row in TRAIN[:5]] and len(questions) == 12

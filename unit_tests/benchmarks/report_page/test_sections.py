@@ -144,3 +144,5 @@ def test_weight_updates_have_times_of_each_way_and_the_load() -> None:
         (WEIGHTS, "Under load"),
     ]
     assert plots[1].chart is not None and plots[1].chart.series[0].points == [("disk", 100.0)]
+    assert len(plots_of("weight_updates", {"times": [{"way": "disk", **times}], "claims": {}})) == 2
+    assert [plot.title for plot in plots_of("weight_updates", {"load": {"lost": []}, "claims": {}})] == ["Under load"]

@@ -124,6 +124,13 @@ def test_gsm8k_is_asked_as_the_harness_asks_it(tmp_path: Path) -> None:
     assert messages[-1]["content"] == "What is 2 times 1000?" and chat[12] == chat[0]
 
 
+def test_broken_rows_of_gsm8k_are_counted_and_left_out(tmp_path: Path) -> None:
+    path = write_splits(tmp_path) / "test.jsonl"
+    path.write_bytes(b"{broken\n" + path.read_bytes() + b"\xff\n[]\n")
+    read = dataset("gsm8k", "--data", str(tmp_path), "--shots", "0")
+    assert (read.size, read.skipped) == (12, 3)
+
+
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path

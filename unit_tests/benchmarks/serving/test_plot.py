@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving.plot import plot
+from benchmarks.serving.plot import make_lines, plot
 
 
 def load(value: float | str, *speeds: float) -> dict[str, Any]:
@@ -35,3 +35,10 @@ def test_with_matplotlib_there_is_a_picture(tmp_path: Path) -> None:
     assert plot([load(1.0, 10.0, 12.0), load("inf", 1.0, 20.0)], path) == f"the plot is in {path}"
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert plot([], path) == "no plot: nothing was measured"
+
+
+def test_a_load_that_was_broken_off_is_drawn_for_the_servers_that_had_it() -> None:
+    whole, broken_off = load(1.0, 10.0, 12.0), load(2.0, 20.0)
+    whole["servers"][0]["server"] = "b"
+    lines = make_lines([whole, broken_off], lambda row: row["output_tok_s"])
+    assert lines == {"b": [(1.0, 10.0)], "a": [(1.0, 12.0), (2.0, 20.0)]}

@@ -1,10 +1,13 @@
 """Peers run in the same rounds; the share of hidden work is that of the spans."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.static_throughput import comparisons
 from benchmarks.static_throughput.comparisons import (
     TransformersBench,
     compare_baseline,
@@ -13,7 +16,7 @@ from benchmarks.static_throughput.comparisons import (
     hidden_share,
     trace_steps,
 )
-from benchmarks.static_throughput.decode import Cell
+from benchmarks.static_throughput.decode import Cell, DecodeBench
 from benchmarks.static_throughput.presets import Preset
 from benchmarks.versions import HERE
 
@@ -48,6 +51,21 @@ def test_overlap_is_compared_at_each_mtp_step(nano: Preset) -> None:
     assert [row["mtp_step"] for row in rows] == [0, 1]
     for row in rows:
         assert row["on_over_off"] == pytest.approx(row["overlap_on_tok_s"] / row["overlap_off_tok_s"])
+
+
+def test_no_more_than_two_engines_are_held_at_a_time(nano: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[DecodeBench] = weakref.WeakSet()
+    counts = []
+
+    class Counted(DecodeBench):
+        def __init__(self, *args: Any, **settings: Any):
+            super().__init__(*args, **settings)
+            alive.add(self)
+            counts.append(len(alive))
+
+    monkeypatch.setattr(comparisons, "DecodeBench", Counted)
+    compare_overlap(nano, CELL, [0, 1], 2, 1, SETTINGS)
+    assert counts == [1, 2, 1, 2]
 
 
 @pytest.mark.slow

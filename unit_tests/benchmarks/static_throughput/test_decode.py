@@ -103,3 +103,10 @@ def test_bytes_of_a_step_are_those_of_the_roofline_in_the_engines_dtype(nano: Pr
     exact = floor_bytes(nano.dimensions, Workload(2, 1, 40, 0.5, element=4, weight_element=4.0))
     assert num_bytes == pytest.approx(exact, rel=0.01)
     assert REAL.draw(1, 1, 1) is None
+
+
+def test_bytes_count_the_tokens_that_a_step_emitted(nano: Preset) -> None:
+    bench, cell = make_bench(nano, 3), Cell(2, 40)
+    plain, half = (floor_bytes(nano.dimensions, Workload(2, 3, 40, rate)) for rate in (0.0, 0.5))
+    # Each draft right with a half: 1.875 tokens. Rings alone, in float32, depend on them.
+    assert bench.count_bytes(cell, 1.875) - bench.count_bytes(cell, 1.0) == pytest.approx(half - plain)

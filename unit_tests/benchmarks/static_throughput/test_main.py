@@ -1,11 +1,15 @@
 """The command prints tables and one JSON object; what does not fit or makes no sense is one line."""
 
 import json
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from benchmarks.static_throughput import __main__ as command
 from benchmarks.static_throughput import presets
-from benchmarks.static_throughput.__main__ import main, parse_args
+from benchmarks.static_throughput.__main__ import count_engines, main, parse_args
 from benchmarks.static_throughput.presets import Preset
 
 
@@ -42,11 +46,62 @@ def test_what_an_engine_refuses_is_named_and_the_rest_is_kept(capsys: pytest.Cap
     assert len(result["skipped"]) == 1 and "262144 positions" in result["skipped"][0]
 
 
-@pytest.mark.parametrize("command", ["--batch 0", "--steps 0", "--set page_size", "--preset 5B", "--context"])
-def test_numbers_that_make_no_sense_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("known")
+def test_comparisons_that_fail_are_named_and_the_rest_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> float:
+        raise OSError("no space left")
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").touch()
+    (tmp_path / "server" / "llm.py").write_text("raise SystemExit(3)")
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))  # one without the model
+    monkeypatch.setattr(command, "trace_steps", fail)
+    small = "--mtp-steps 1 --chunks --steps 2 --rounds 1 --num-threads 1 --batch 1 --context 24"
+    others = ["--compare", "transformers", "overlap", "--baseline", str(tmp_path), "--trace", str(tmp_path / "x.json")]
+    assert main(["--preset", "nano", *small.split(), *others]) == 1
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [len(result[name]) for name in ("rows", "overlap", "transformers", "baseline")] == [1, 1, 0, 0]
+    transformers, baseline, trace = result["skipped"]
+    assert "transformers: cannot import name 'Qwen3_5ForCausalLM'" in transformers
+    assert "baseline: the process of another version ended with status 3" in baseline
+    assert "trace of" in trace and "no space left" in trace
+
+
+@pytest.mark.usefixtures("known")
+def test_prompts_alone_are_measured_where_nothing_decodes(capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--context 24 --chunks 16 --rounds 1 --num-threads 1"
+    assert main(["--preset", "nano", "--batch", *small.split()]) == 0
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert len(result["prefill"]) == 1 and result["gb_s"] > 0
+
+
+def test_models_that_stand_side_by_side_are_counted() -> None:
+    here = str(Path(__file__).resolve().parents[3])
+    counts = {"": 1, "--compare overlap": 2, f"--baseline {here}": 2, "--compare overlap --mtp-steps 0 1 3": 3}
+    for flags, count in counts.items():
+        assert count_engines(parse_args(["--mtp-steps", "1", *flags.split()])) == count
+
+
+NONSENSE = {
+    "--batch 0": "at least 1",
+    "--steps 0": "at least 1",
+    "--set page_size": "NAME=VALUE",
+    "--preset 5B": "invalid choice",
+    "--context": "expected at least one",
+    "--baseline no/such/directory": "--baseline no/such/directory is no checkout of this project",
+    "--baseline /": "--baseline / is no checkout of this project",
+    "--trace no/such/x.json": "--trace no/such/x.json must be a file in a directory that exists",
+    "--trace /": "--trace / must be a file",
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), NONSENSE.items())
+def test_what_makes_no_sense_is_refused(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(command.split())
-    assert "error: " in capsys.readouterr().err
+        parse_args(flags.split())
+    assert message in capsys.readouterr().err
 
 
 def test_settings_are_numbers_or_words() -> None:

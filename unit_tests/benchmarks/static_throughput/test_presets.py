@@ -42,7 +42,7 @@ def test_a_random_checkpoint_is_there_as_long_as_it_is_open(nano: Preset) -> Non
 
 
 @pytest.mark.parametrize(
-    ("num_engines", "mend"), [(3, "fewer --mtp-steps, or a smaller preset"), (1, "a smaller preset")]
+    ("num_engines", "mend"), [(3, "fewer --mtp-steps, no comparison, or a smaller preset"), (1, "a smaller preset")]
 )
 def test_what_does_not_fit_in_memory_is_refused_with_the_bytes(
     num_engines: int, mend: str, monkeypatch: pytest.MonkeyPatch
