@@ -45,7 +45,7 @@ class WeightStore:
         An update that `is_partial` may leave tensors out, one that `is_delta` overwrites some numbers of them. With
         `needs_mtp` the target's alone are refused where a draft head is loaded. `result_sha256`, if given, must be the
         checksum of all tensors afterwards, together with the declared ones that are skipped here; a tensor that is
-        served in fewer bits than it comes in counts as it came.
+        served in fewer bits than it comes in counts as it came, for which a quantized one must come whole.
         """
         return WeightUpdate(self, tensors, is_partial, is_delta, needs_mtp, result_sha256)
 

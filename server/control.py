@@ -65,7 +65,7 @@ class BeginUpdate:
     `tensors`, if there are any, are all that will come. An update that `is_partial` may leave tensors out; one that
     `is_delta` overwrites parts of the weights of `base_version`, which must be the ones that serve. With `needs_mtp` an
     update of the target alone is refused where a draft head is loaded. `result_sha256`, if given, is what the checksum
-    of all the server's tensors must be after it.
+    of all the server's tensors must be after it; one that is served in fewer bits than it comes in counts as it came.
     """
 
     control_id: str
@@ -79,7 +79,8 @@ class BeginUpdate:
 
 @dataclass(frozen=True)
 class AddTensors:
-    """Bring tensors of the open session to the engine; an error closes the session, and the old weights serve on."""
+    """Bring tensors of the open session to the engine; an error closes the session, and the old weights serve on. A
+    group that still owes it tensors is left."""
 
     control_id: str
     source: WeightSource

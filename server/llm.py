@@ -4,6 +4,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -118,8 +119,7 @@ class LLM:
         Raises InvalidRequest for weights that do not fit, and Conflict; the old ones serve on then.
         """
         if isinstance(weights, Mapping):
-            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
-            source = WeightSource("inline", data=(safetensors.torch.save(whole),))
+            source = WeightSource("inline", data=(safetensors.torch.save(_without_shared_memory(weights)),))
         else:
             source = WeightSource("disk", path=str(weights))
         name = f"llm-{next(self._request_ids)}"
@@ -142,16 +142,17 @@ class LLM:
     ) -> "list[_Job]":
         if timeout is not None and not timeout > 0:
             raise InvalidRequest(f"timeout is {timeout}, it must be above 0 seconds", "timeout")
+        if len(prompts) != len(params):
+            raise InvalidRequest(f"there are {len(prompts)} prompts and {len(params)} sampling parameters", "params")
         jobs: list[_Job] = []
-        try:
+        with ExitStack() as failing:
+            failing.callback(self._end, jobs)
             for prompt, sampling in zip(prompts, params, strict=True):
                 request_id = f"llm-{next(self._request_ids)}"
                 token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                self.engine.add(Generate(request_id, token_ids, sampling, priority, timeout, cache_salt))
                 jobs.append(_Job(request_id, Detokenizer(self.tokenizer, sampling)))
-        except InvalidRequest:
-            self._end(jobs)
-            raise
+                self.engine.add(Generate(request_id, token_ids, sampling, priority, timeout, cache_salt))
+            failing.pop_all()
         self._jobs |= {job.request_id: job for job in jobs}
         return jobs
 
@@ -183,6 +184,17 @@ class LLM:
         for job in jobs:
             self.engine.abort(job.request_id)
             self._jobs.pop(job.request_id, None)
+
+
+def _without_shared_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, as safetensors wants them, copies of those that are tied to one before."""
+    storages: set[int] = set()
+    apart = {}
+    for name, tensor in weights.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.contiguous().clone() if storage in storages else tensor.contiguous()
+        storages.add(storage)
+    return apart
 
 
 @dataclass

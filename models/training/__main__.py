@@ -22,7 +22,7 @@ from models.config import read_json
 from models.errors import CheckpointError
 from models.stop_ids import read_stop_ids
 from models.training.demo_batches import Batch
-from models.training.head_checkpoint import load_models, save_checkpoint
+from models.training.head_checkpoint import digest_checkpoint, load_models, save_checkpoint
 from models.training.head_trainer import HeadTrainer, TrainerSettings
 from models.training.mtp_settings import LossType, MTPSettings, Recompute, TrainingError, check_trainable
 from models.training.text_batches import Encoded, TextSet, cut_batches, make_batch, plan_batches, read_texts
@@ -109,7 +109,7 @@ def prepare(options: argparse.Namespace) -> tuple[HeadTrainer, TextSet]:
 
 
 def read_settings(options: argparse.Namespace, texts: TextSet) -> tuple[MTPSettings, TrainerSettings]:
-    """The settings of loss and trainer. Raises TrainingError."""
+    """The settings of loss and trainer. Raises TrainingError and CheckpointError."""
     loss = MTPSettings(
         enabled=True,
         mtp_loss_type=options.loss,
@@ -120,7 +120,9 @@ def read_settings(options: argparse.Namespace, texts: TextSet) -> tuple[MTPSetti
     )
     names = ("joint", "rate", "target_rate", "warmup", "max_grad_norm", "seed")
     data = f"{texts.digest} in batches of {options.batch_tokens}, loss on {options.loss_on}"
-    return loss, TrainerSettings(options.steps, data=data, **{name: getattr(options, name) for name in names})
+    model = f"{digest_checkpoint(options.model)} in {options.dtype}"
+    given = {name: getattr(options, name) for name in names}
+    return loss, TrainerSettings(options.steps, data=data, model=model, **given)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ that still have their value. Tensors are found under the names and in the expert
 checkpoint has them in. Knows files and tensors, never how they were trained.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from models.training.mtp_settings import TrainingError
 from models.weight_slot import WeightSlot
 from models.weights import list_weight_files, load_weights, normalise_name
 
+_DIGESTED_BYTES = 1 << 12  # of each tensor; training changes numbers everywhere
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
@@ -74,6 +76,17 @@ def load_head(
 def read_tensors(directory: Path) -> dict[str, FileTensor]:
     """Every tensor of a checkpoint by its name there. Raises CheckpointError."""
     return {name: tensor for file in list_weight_files(directory) for name, tensor in read_tensor_index(file).items()}
+
+
+def digest_checkpoint(directory: Path) -> str:
+    """Changes with config.json, and with name, type, shape and first bytes of every tensor. Raises CheckpointError."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for name, tensor in read_tensors(directory).items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            digest.update(file.read(min(tensor.num_bytes, _DIGESTED_BYTES)))
+    return digest.hexdigest()[:16]
 
 
 def choose_layout(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, WeightSlot]:

@@ -42,6 +42,7 @@ class TrainerSettings:
         max_grad_norm: the gradients of head and target are each scaled down to this norm.
         seed: of the batches and of a new head.
         data: what the batches are drawn from, in words: a training only continues on the same.
+        model: which checkpoint is trained, and how it computes, in words: the same.
     """
 
     num_steps: int
@@ -52,6 +53,7 @@ class TrainerSettings:
     max_grad_norm: float = 1.0
     seed: int = 0
     data: str = ""
+    model: str = ""
 
     def rate_factor(self, step: int) -> float:
         """The share of the peak rates at a step."""

@@ -2,13 +2,13 @@
 
 With x the tokens, h the target's hidden states *after* its final norm, y^0 = h, at depth k = 1..D and position t:
 
-    y^k_t = head([norm(embed(x_{t+k})) ; norm(y^{k-1}_t)]) ,   q^k_t = softmax(lm_head y^k_t)   predicts x_{t+k+1}
+    y^k_t = head_k([norm(embed(x_{t+k})) ; norm(y^{k-1}_t)]) ,   q^k_t = softmax(lm_head y^k_t)   predicts x_{t+k+1}
     CE_k = Σ_t m_t · (−log q^k_t[x_{t+k+1}]) / max(Σ_t m_t, 1) ,   mtp_loss = factor · mean_k CE_k
 
-Row t counts (m_t) when x_{t+1} .. x_{t+k+1} are all labels of one document. The target's own distribution p^k_t for
-x_{t+k+1} is that of its row t + k: `soft_ce` replaces −log q[x] by −Σ p log q, `tv` by 1 − Σ min(p, q). By default
-gradients reach the head alone. Rows [B, T] are documents, padded on the right (models/training/packing.py); H hidden
-size.
+Each depth has a layer of its own, all that are deeper have the last one, as drafts do in mode `vanilla`. Row t counts
+(m_t) when x_{t+1} .. x_{t+k+1} are all labels of one document. The target's own distribution p^k_t for x_{t+k+1} is
+that of its row t + k: `soft_ce` replaces −log q[x] by −Σ p log q, `tv` by 1 − Σ min(p, q). By default gradients reach
+the head alone. Rows [B, T] are documents, padded on the right (models/training/packing.py); H hidden size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -144,7 +144,7 @@ def _run_depth(draft: Qwen35MTP, next_ids: Tensor, state: Tensor, depth: int, se
     weight = draft.target.embed_tokens.weight
     assert isinstance(weight, Tensor), "quantized weights have no gradients"
     embedding = F.embedding(next_ids, weight.detach() if settings.mtp_detach else weight)
-    run = partial(run_head, draft, layer=(depth - 1) % draft.num_layers)
+    run = partial(run_head, draft, layer=min(depth, draft.num_layers) - 1)
     if settings.recompute == "none" or not torch.is_grad_enabled():
         return run(embedding, state)
     return checkpoint(run, embedding, state, use_reentrant=settings.recompute == "reentrant")

@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import secrets
-import shutil
 import socketserver
 import tempfile
 import threading
@@ -221,13 +220,9 @@ class Publisher:
                 order.used = time.monotonic()
             return order
 
-    def save(self, directory: Path, source: Path | None = None) -> Path:
-        """Write the newest version as `model.safetensors` to a directory, beside all that is no weights in the
-        checkpoint `source`. The file appears when it is complete."""
+    def save(self, directory: Path) -> Path:
+        """Write the newest version as `model.safetensors` to a directory. The file appears when it is complete."""
         directory.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir() if source is not None else ():
-            if path.is_file() and ".safetensors" not in path.name:
-                shutil.copy(path, directory)
         partial = directory / "model.partial"
         save_weights(partial, dict(self.version.tensors))
         return partial.replace(directory / "model.safetensors").parent

@@ -44,7 +44,7 @@ def read_texts(path: Path, tokenizer: Tokenizer, stop_id: int | None, max_length
     """
     file = path / "train.jsonl" if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() cuts texts at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"--data {path} is not readable: {error}") from None
     texts = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

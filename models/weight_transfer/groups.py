@@ -59,8 +59,8 @@ class Group:
                 self._backend.broadcast([tensor], options).wait()
         except RuntimeError as error:
             raise WeightUpdateError(
-                f"the broadcast of {name} in the group at {self._peer} failed ({_first_line(error)}): leave the "
-                "group and join it again"
+                f"the broadcast of {name} in the group at {self._peer} failed ({_first_line(error)}): all its "
+                "members must join it again"
             ) from None
 
 

@@ -7,7 +7,9 @@ two of them.
 import logging
 import secrets
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from models.weight_store import WeightStore
 from models.weight_transfer import disk, groups, receiver
 from models.weight_transfer.wire import DELTA, FULL, Transfer
 from models.weight_update import TensorSpec, UpdateReport, WeightUpdate, combine_checksums
-from models.weights import fill_randomly
+from models.weights import fill_randomly, normalise_name
 from server import control
 from server.backend.memory_release import WEIGHTS, ReleasedMemory
 from server.control import BeginUpdate, JoinGroup, WeightSource
@@ -143,52 +145,20 @@ class WeightSession:
         )
 
     def add(self, source: WeightSource) -> None:
-        """Bring what a source has. Raises InvalidRequest, Conflict, WeightUpdateError."""
-        match source.kind:
-            case "disk":
-                disk.stage_directory(source.path, self._begun)
-            case "inline":
-                for data in source.data:
-                    disk.stage_bytes(data, self._begun)
-            case "group":
-                group = self.weights.group(source.group)
-                self.awaited_group = source.group
-                try:
-                    for spec in source.tensors:
-                        tensor = group.receive(TensorSpec(spec.name, spec.dtype, spec.shape))
-                        self._begun.add(spec.name, tensor)
-                finally:
-                    self.awaited_group = ""
-            case "stream":
-                transfer = self._order(source, (DELTA if self.is_delta else FULL,))
-                self._check_base(transfer.base_version if self.is_delta else None)
-                self._receive(source, transfer)
-            case _:
-                raise InvalidRequest(
-                    f"weights cannot come from {source.kind!r}, only from disk, inline, group or stream"
-                )
+        """Bring what a source has, which is no stream. Raises InvalidRequest, Conflict, WeightUpdateError."""
+        with self._awaiting(source.group):
+            self._take(source)
 
     def bring(self, source: WeightSource, begin: BeginUpdate) -> str | None:
         """Begin, add and prepare at once; gives the version, if the source names it."""
         if source.kind != "stream":
-            self.begin(begin)
-            self.add(source)
+            with self._awaiting(source.group):
+                self.begin(begin)
+                self._take(source)
             self.prepare()
             return None
-        transfer = self._order(source, source.strategies)
-        is_delta = transfer.mode == DELTA
-        declared = replace(
-            begin,
-            tensors=tuple(
-                control.TensorSpec(place.spec.name, place.spec.dtype, place.spec.shape, place.spec.sha256)
-                for place in transfer.tensors
-            ),
-            is_delta=is_delta,
-            base_version=transfer.base_version if is_delta else None,
-            result_sha256=begin.result_sha256 or transfer.result_sha256,
-        )
-        self.begin(declared)
-        self._receive(source, transfer)
+        transfer = self._begin_transfer(source, begin)
+        receiver.receive(transfer, source.url, SOURCE_SECONDS, self._begun)
         self.prepare()
         return transfer.version
 
@@ -224,11 +194,64 @@ class WeightSession:
             raise Conflict("the weight session is closed: begin a new one")
         return self.update
 
+    @contextmanager
+    def _awaiting(self, group: str) -> Iterator[None]:
+        """A group, if one is named, has been told to send: unless all of it comes, `close` leaves the group."""
+        self.awaited_group = group
+        try:
+            yield
+        except (CheckpointError, TandemError) as error:
+            if group not in self.weights.groups:
+                raise
+            told = as_tandem_error(error)
+            raise type(told)(f"{told.message}; the group {group} was left: join it again", told.param) from error
+        self.awaited_group = ""
+
+    def _take(self, source: WeightSource) -> None:
+        match source.kind:
+            case "disk":
+                disk.stage_directory(source.path, self._begun)
+            case "inline":
+                for data in source.data:
+                    disk.stage_bytes(data, self._begun)
+            case "group":
+                group = self.weights.group(source.group)
+                for spec in source.tensors:
+                    self._begun.add(spec.name, group.receive(TensorSpec(spec.name, spec.dtype, spec.shape)))
+            case _:
+                raise InvalidRequest(f"weights cannot come from {source.kind!r}, only from disk, inline or group")
+
+    def _begin_transfer(self, source: WeightSource, begin: BeginUpdate) -> Transfer:
+        """Order one that can be taken: where a delta is refused, a full one if the source may send that."""
+        strategies = source.strategies
+        if self.weights.store.is_quantized and FULL in strategies:
+            strategies = (FULL,)
+        transfer = self._order(source, strategies)
+        try:
+            self.begin(self._declare(begin, transfer))
+        except (CheckpointError, TandemError):
+            if transfer.mode == FULL or FULL not in strategies:
+                raise
+            transfer = self._order(source, (FULL,))
+            self.begin(self._declare(begin, transfer))
+        return transfer
+
     def _order(self, source: WeightSource, strategies: tuple[str, ...]) -> Transfer:
         return receiver.fetch(source.url, self.served_version, source.num_streams, SOURCE_SECONDS, strategies)
 
-    def _receive(self, source: WeightSource, transfer: Transfer) -> None:
-        receiver.receive(transfer, source.url, SOURCE_SECONDS, self._begun)
+    def _declare(self, begin: BeginUpdate, transfer: Transfer) -> BeginUpdate:
+        """What the publisher declares. Its result is that of its own tensors: of the served ones, if they are all."""
+        specs = [place.spec for place in transfer.tensors]
+        has_draft_come = any(normalise_name(spec.name).startswith("mtp.") for spec in specs)
+        has_all = has_draft_come or self.weights.store.draft is None
+        is_delta = transfer.mode == DELTA
+        return replace(
+            begin,
+            tensors=tuple(control.TensorSpec(spec.name, spec.dtype, spec.shape, spec.sha256) for spec in specs),
+            is_delta=is_delta,
+            base_version=transfer.base_version if is_delta else None,
+            result_sha256=begin.result_sha256 or (transfer.result_sha256 if has_all else ""),
+        )
 
 
 def still_open(session: WeightSession | None) -> bool:

@@ -3,13 +3,19 @@
 from server.router.counters import Counters
 
 FIRST_VERSION = "default"
+# What trainers call all of their versions: nothing is known of two updates with such a name.
+UNTELLING_NAMES = (FIRST_VERSION, "latest")
 # Versions whose drafts are remembered.
 MAX_VERSIONS = 8
 
 
 class WeightVersions:
     """`counters` go on through all versions. `mtp_weight_version` is the one that brought the draft head; the head
-    `is_stale` where the target has changed since."""
+    `is_stale` where the target has changed since.
+
+    A version may come in parts, an update each, the head's before the target's: all those of the name under which the
+    head came belong to it, unless that is one of UNTELLING_NAMES; of others the one behind a head that came alone.
+    """
 
     def __init__(self, counters: Counters, has_draft: bool):
         self._counters, self._has_draft = counters, has_draft
@@ -36,9 +42,8 @@ class WeightVersions:
         self.num_updates += 1
         if touched_draft:
             self.mtp_weight_version, self.is_stale = version, False
-        elif touched_target:
-            # A version may come in parts, the head's before the target's. Names tell nothing: all may have the same.
-            self.is_stale = self._has_draft and not self._is_head_ahead
+        elif touched_target and not (self._is_head_ahead or self._is_part_of_heads(version)):
+            self.is_stale = self._has_draft
         if touched_target or touched_draft:
             self._is_head_ahead = not touched_target
 
@@ -47,6 +52,9 @@ class WeightVersions:
         if self.mtp_weight_version == self.weight_version:
             self.mtp_weight_version = version
         self._begin(version)
+
+    def _is_part_of_heads(self, version: str) -> bool:
+        return version == self.mtp_weight_version and version not in UNTELLING_NAMES
 
     def _begin(self, version: str) -> None:
         self._past = self.drafts

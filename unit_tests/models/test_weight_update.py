@@ -111,6 +111,8 @@ def test_the_result_is_known_where_experts_come_one_by_one(tmp_path):
     assert "would give" in refusal(store, tensors, result_sha256=result[::-1])
     update(store, tensors, result_sha256=result)
     assert store.checksum() == result
+    quantized = load_store(split, quantization="int8")
+    assert "in parts, so result_sha256 cannot be checked" in refusal(quantized, tensors, result_sha256=result)
 
 
 def test_the_result_of_some_experts_is_known_too(tmp_path):

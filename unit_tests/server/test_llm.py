@@ -85,6 +85,17 @@ def test_one_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
     assert is_idle(llm)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "params", "error"), [(["a", "b"], [GREEDY], InvalidRequest), (["a", 5], GREEDY, TypeError)]
+)
+def test_whatever_is_wrong_with_a_call_leaves_nothing_behind(
+    prompts: list[str], params: SamplingParams | list[SamplingParams], error: type[Exception], llm: LLM
+) -> None:
+    with pytest.raises(error):
+        llm.generate(prompts, params)
+    assert is_idle(llm)
+
+
 def test_params_may_differ_per_prompt_and_logprobs_match_tokens(llm: LLM) -> None:
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=2) for n in (3, 5)]
     for output, count in zip(llm.generate(["a", "b"], params), (3, 5), strict=True):
@@ -265,4 +276,14 @@ def test_weights_are_updated_from_a_directory_or_from_tensors(llm: LLM, other_ch
     with pytest.raises(InvalidRequest, match="nowhere"):
         llm.update_weights("/nowhere")
     llm.update_weights(path)
+    assert llm.generate(["abc"], GREEDY) == before and is_idle(llm)
+
+
+def test_tensors_may_share_memory(llm: LLM) -> None:
+    before, store = llm.generate(["abc"], GREEDY), llm.engine.runner.store
+    tensors = {name: store.export(name) for name in store.checksums()}
+    tied = {"lm_head.weight": tensors["model.embed_tokens.weight"], "model.norm.weight": tensors["mtp.norm.weight"]}
+    llm.update_weights(tensors | tied)
+    assert store.export("model.norm.weight").equal(tensors["mtp.norm.weight"])
+    llm.update_weights(tensors)
     assert llm.generate(["abc"], GREEDY) == before and is_idle(llm)

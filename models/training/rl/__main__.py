@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
+from models.training.head_checkpoint import save_checkpoint
 from models.training.mtp_settings import TrainingError
 from models.training.publisher import Publisher
 from models.training.rl.loop import RLLoop, iterate_fields, rise
@@ -54,15 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and give what stands in the last line. Raises TrainingError and CheckpointError."""
-    if options.out is not None and options.out.exists():
-        raise TrainingError(f"--out {options.out} is there already: give a new directory")
+    directory = recipe.experiment.directory
+    if options.out is not None and (options.out.exists() or directory.resolve() in options.out.resolve().parents):
+        raise TrainingError(f"--out {options.out} is there already, or part of the model: give a new directory")
     server = RolloutServer(options.server, options.admin_key)
     interval = recipe.dataflow.delta_full_sync_interval
     with Publisher(options.host, strategies=recipe.strategies, full_sync_interval=interval) as publisher:
         loop = RLLoop(recipe, server, publisher)
         reports = loop.run(lambda report: print(json.dumps(dict(iterate_fields(report))), flush=True))
         if options.out is not None:
-            publisher.save(options.out, recipe.experiment.directory)
+            save_checkpoint(directory, options.out, [loop.policy.target, loop.policy.head])
         first, last = rise(reports)
         return {
             "experiment": recipe.experiment.experiment_name,

@@ -22,6 +22,9 @@ from models.training.rollout_server import Rollout
 
 Groups = list[list[Rollout]]
 
+# Else the server takes the checkpoint's defaults, and draws from another law than the one that is trained.
+_WHOLE_LAW = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 class Server(Protocol):
     """What the loop needs of a rollout server."""
@@ -104,6 +107,7 @@ class RLLoop:
         rng = random.Random(f"{self.recipe.experiment.seed} {step}")
         sampling = {
             "temperature": generation.temperature,
+            **_WHOLE_LAW,
             "max_new_tokens": generation.max_new_tokens,
             "ignore_eos": generation.ignore_eos,
         }

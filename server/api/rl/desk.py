@@ -19,7 +19,7 @@ from server.api.fields import Fields, known_fields
 from server.api.openapi import ERROR, READ_ERRORS, Schema, operation, query_parameter
 from server.api.services import Services
 from server.api.transport import MAX_BODY_BYTES, BodyReader, ClientGone
-from server.control import Control, Done
+from server.control import Control, Done, Resume
 from server.errors import Conflict, EngineDead, InvalidRequest, TandemError
 
 # Trainers may send a weight in twice the bytes that the checkpoint has it in, and base64 makes four of three.
@@ -91,6 +91,7 @@ class Desk:
         self.services = services
         self.client = services.client
         max_bytes = int(_MAX_INFLATION * _checkpoint_bytes(services)) + MAX_BODY_BYTES
+        self.num_resumes = 0  # commands to go on that were carried out
         # One body as large as the model at a time.
         self._large_bodies = BodyReader(services.config.client_timeout, max_bytes, max_bytes)
 
@@ -132,6 +133,7 @@ class Desk:
         done = await self.client.control(command)
         if done.error:
             raise _refusal(done)
+        self.num_resumes += isinstance(command, Resume)
         return done.values
 
 

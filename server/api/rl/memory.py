@@ -36,7 +36,12 @@ class Rest:
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        self._has_paused = False
+        self._num_resumes: int | None = None  # when it paused the engine
+
+    @property
+    def _has_paused(self) -> bool:
+        """The engine is paused for this, and nobody has resumed it since."""
+        return self._num_resumes == self._desk.num_resumes
 
     @property
     def is_deep(self) -> bool:
@@ -52,6 +57,8 @@ class Rest:
         the engine goes on."""
         desk, was_paused = self._desk, self._desk.client.stats.is_paused
         await desk.carry_out(Pause(new_id(), mode))
+        if not was_paused:
+            self._num_resumes = desk.num_resumes
         try:
             if level:
                 await self.release(_SLEPT, discards_weights=level == 2)
@@ -59,7 +66,6 @@ class Rest:
             if not was_paused:
                 await desk.carry_out(Resume(new_id()))
             raise
-        self._has_paused = self._has_paused or not was_paused
 
     async def restore(self, tags: tuple[str, ...]) -> None:
         """Take the memory of `tags` again, as far as it is released; with the last of it the engine goes on, if it was
@@ -68,7 +74,6 @@ class Rest:
         await self._desk.carry_out(RestoreMemory(new_id(), tuple(dict.fromkeys((*tags, _GRAPHS)))))
         if self._has_paused and not self._desk.client.stats.released_tags:
             await self._desk.carry_out(Resume(new_id()))
-            self._has_paused = False
 
 
 def add_memory_routes(app: FastAPI, desk: Desk) -> None:

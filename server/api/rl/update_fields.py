@@ -37,12 +37,19 @@ RESULT_SCHEMA = {
     "result_sha256": nullable(
         "string",
         pattern=f"^{_SHA256.pattern}$",
-        description="What the checksum of all weights must be after the update, as /weights_checker tells it.",
+        description="What the checksum of all weights must be after the update, as /weights_checker tells it; but a "
+        "tensor that is served in fewer bits than it comes in, or quantized, counts as it came.",
     )
 }
 COMMIT_SCHEMAS: dict[str, Schema] = {
     **RESULT_SCHEMA,
-    "weight_version": nullable("string", minLength=1, maxLength=256),
+    "weight_version": nullable(
+        "string",
+        minLength=1,
+        maxLength=256,
+        description="What the weights are called. Updates that bring a version in parts all give its name, other than "
+        "default and latest: so the draft head counts as stale only where it belongs to another version.",
+    ),
     "in_flight": {"enum": [*PAUSE_MODES, None]},
     "load_format": {"type": ["string", "null"]},
     "token_step": nullable("integer"),

@@ -1,7 +1,7 @@
 """Weight sessions by the names and fields that vLLM's trainers have: start, update as often as needed, finish.
 
-What the engine refuses in the middle closes the session, and the weights that serve stay. The group of the trainer has
-no name here: it is the one that has none with SGLang's, either.
+What the engine refuses in the middle closes the session, and the weights that serve stay; a group that still owes it
+tensors is left. The group of the trainer has no name here: it is the one that has none with SGLang's, either.
 """
 
 from typing import Any

@@ -68,7 +68,7 @@ def reference_losses(
     found, state, length = [], hidden, len(ids)
     for k in range(1, depth + 1):
         next_ids = torch.tensor([int(ids[t + k]) if t + k < length else 0 for t in range(length)])
-        state = mtp_head(weights, next_ids, state, layer=(k - 1) % mtp_layers)
+        state = mtp_head(weights, next_ids, state, layer=min(k, mtp_layers) - 1)
         log_q = head_logits(weights, state).log_softmax(-1)
         rows = [t for t in range(length - k - 1) if all(labels[t + j] != IGNORED for j in range(1, k + 2))]
         found.append([-float(log_q[t, ids[t + k + 1]]) for t in rows])

@@ -71,6 +71,15 @@ def test_a_stopped_training_continues_to_the_same_bytes(model, data, tmp_path, c
     assert head(tmp_path / "a") != head(model)
 
 
+def test_a_training_goes_on_with_the_same_model_alone(model, data, tmp_path, capsys):
+    train(capsys, model, data, tmp_path / "out", "--stop-after", "2")
+    other = make_checkpoint(tmp_path / "other", num_layers=4, dtype="bfloat16", seed=1)
+    for given, more in ((other, ()), (model, ("--dtype", "bfloat16"))):
+        with pytest.raises(SystemExit):
+            main(arguments(given, data, tmp_path / "out", "--resume", *more))
+        assert "is of another training: model was " in capsys.readouterr().err
+
+
 def test_a_new_head_can_be_made_for_a_checkpoint_without_one(data, tmp_path, capsys):
     model = make_checkpoint(tmp_path / "model", num_layers=4, mtp_layers=0, moe=True, prefix="vl")
     found = train(capsys, model, data, tmp_path / "out", "--mtp-init", "random", "--rate", "3e-3")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from models.config import load_config
 from models.errors import CheckpointError
 from models.safetensors_file import read_tensor_index
-from models.training.head_checkpoint import load_models, read_tensors, save_checkpoint
+from models.training.head_checkpoint import digest_checkpoint, load_models, read_tensors, save_checkpoint
 from models.training.mtp_settings import TrainingError
 from models.weights import normalise_name
 from unit_tests.checkpoints import make_checkpoint
@@ -200,3 +200,18 @@ def test_names_are_those_of_the_checkpoint_and_in_its_order(tmp_path):
 
 def _fail(*_):
     raise OSError("disk full")
+
+
+def test_a_digest_is_that_of_config_and_weights(tmp_path):
+    source, tensors = write(tmp_path / "in"), {}
+    first = digest_checkpoint(source)
+    assert digest_checkpoint(shutil.copytree(source, tmp_path / "copy")) == first
+    for name in ("model.norm.weight", "mtp.fc.weight"):
+        tensors = load_file(source / "model.safetensors")
+        tensors[name][0] += 1
+        save_file(tensors, tmp_path / "copy" / "model.safetensors")
+        assert digest_checkpoint(tmp_path / "copy") != first
+    shutil.copy(source / "model.safetensors", tmp_path / "copy")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert digest_checkpoint(tmp_path / "copy") != first

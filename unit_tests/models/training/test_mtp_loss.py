@@ -42,7 +42,7 @@ def test_loss_equals_the_published_formulas_over_packed_documents(moe):
     check_loss_equals_the_formulas(moe, depth=3)
 
 
-def test_each_depth_has_its_layer_and_layers_take_turns():
+def test_each_depth_has_its_layer_and_deeper_ones_have_the_last():
     check_loss_equals_the_formulas(depth=3, mtp_layers=2)
 
 

@@ -288,14 +288,10 @@ def test_it_tells_which_version_there_is(publisher):
 
 
 def test_the_same_weights_go_to_disk_and_to_shared_memory(publisher, tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("config.json", "old.safetensors", "model.safetensors.index.json"):
-        (source / name).write_text("{}")
     tensors = draw()
     publisher.publish(tensors)
-    assert publisher.save(tmp_path / "out", source) == tmp_path / "out"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert publisher.save(tmp_path / "out") == tmp_path / "out"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors"}
     shared = publisher.share()
     assert shared.parent == SHARED_MEMORY
     for folder in (tmp_path / "out", shared):

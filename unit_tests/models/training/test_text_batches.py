@@ -37,6 +37,13 @@ def test_every_form_of_a_row_becomes_a_prompt_and_a_completion_that_ends(tokeniz
     assert (len(texts.train), len(texts.held_out)) == (5, 1)
 
 
+def test_a_line_ends_where_json_lines_do(tokenizer, tmp_path):
+    text = "a\u2028b\u0085c\u2029d"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    texts = read_texts(write(tmp_path, [row, row + "\r"]), tokenizer, None, 100, 1)
+    assert [tokenizer.decode(completion) for _, completion in texts.train + texts.held_out] == [text] * 2
+
+
 def test_of_a_directory_the_train_file_is_read_and_never_the_test_file(tokenizer, tmp_path):
     write(tmp_path, [{"text": "train"}] * 3)
     write(tmp_path, [{"text": "test"}] * 9, "test.jsonl")

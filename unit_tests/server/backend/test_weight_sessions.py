@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from models.errors import WeightUpdateError
+from models.training.publisher import Publisher
 from models.weight_transfer.groups import Group, join
 from models.weight_transfer.wire import DELTA, FULL
 from server.backend.memory_release import ReleasedMemory
@@ -25,7 +27,7 @@ from server.control import (
 )
 from server.errors import Conflict, InvalidRequest, TandemError
 from unit_tests.checkpoints import make_checkpoint
-from unit_tests.models.sessions import checksum_of, describe, draw_tensors, make_store
+from unit_tests.models.sessions import checksum_of, describe, draw_tensors, load_store, make_store
 from unit_tests.models.weight_transfer.publisher import publish
 from unit_tests.server.commands import Client, client_norm, inline, update_from
 from unit_tests.server.engines import make_engine
@@ -83,10 +85,41 @@ def test_a_stream_brings_a_delta_to_those_who_have_its_base(weights: Weights) ->
         with pytest.raises(InvalidRequest, match="made for version '16', but '17' serves: send full"):
             WeightSession(weights, "17").bring(source, BeginUpdate("b"))
         session = WeightSession(weights, "17")
-        session.begin(BeginUpdate("b", is_delta=True, base_version="17"))
-        with pytest.raises(InvalidRequest, match="'16'"):
+        session.begin(BeginUpdate("b"))
+        with pytest.raises(InvalidRequest, match="cannot come from 'stream', only from disk, inline or group"):
             session.add(source)
     assert weights.store.checksum() == checksum_of(new)
+
+
+@pytest.mark.parametrize(("kind", "modes"), [("quantized", ["full"]), ("narrower", ["delta", "full"])])
+def test_where_a_delta_cannot_be_taken_all_comes(tmp_path: Path, kind: str, modes: list[str]) -> None:
+    old = draw_tensors(seed=0)
+    new = nudge(old)
+    quantization, dtype = ("int8", torch.float32) if kind == "quantized" else ("none", torch.bfloat16)
+    checkpoint = make_checkpoint(tmp_path, num_layers=4)
+    weights = Weights(load_store(checkpoint, dtype, quantization=quantization), ReleasedMemory())
+    with Publisher(full_sync_interval=0) as publisher:
+        publisher.publish(old, "16")
+        publisher.publish(new, "17")
+        source = WeightSource("stream", url=publisher.url)
+        with pytest.raises(WeightUpdateError, match="send full"):
+            bring(weights, WeightSource("stream", url=publisher.url, strategies=(DELTA,)))
+        publisher.modes.clear()
+        assert bring(weights, source) == "17"
+        assert publisher.modes == modes
+    norm = weights.store.export("model.norm.weight")
+    assert norm.equal(new["model.norm.weight"].to(norm.dtype))
+
+
+def test_a_trainer_without_a_head_updates_the_target_alone(weights: Weights) -> None:
+    old, new = draw_tensors(seed=0), draw_tensors(seed=1)
+    headless = {name: tensor for name, tensor in new.items() if not name.startswith("mtp.")}
+    with publish(headless) as publisher:
+        source = WeightSource("stream", url=publisher.url)
+        with pytest.raises(WeightUpdateError, match="no mtp"):
+            bring(weights, source, BeginUpdate("b", needs_mtp=True))
+        assert bring(weights, source) == "17"
+    assert weights.store.checksum() == checksum_of(old | headless)
 
 
 def test_a_stream_must_give_the_weights_that_the_caller_wants(weights: Weights) -> None:
@@ -169,6 +202,55 @@ def test_an_update_that_is_rolled_back_takes_nothing_of_the_next_ones(
     for group in (first, second):
         group.leave()
     client.do(LeaveGroup("leave", "g"))
+
+
+class FakeGroup:
+    """Has zeros of every shape."""
+
+    def __init__(self) -> None:
+        self.num_received, self.has_left = 0, threading.Event()
+
+    def receive(self, spec: TensorSpec) -> Tensor:
+        """One more."""
+        self.num_received += 1
+        return torch.zeros(spec.shape)
+
+    def leave(self) -> None:
+        """Note it."""
+        self.has_left.set()
+
+
+def from_group(*names: str) -> WeightSource:
+    """Vectors that `g` is to send."""
+    return WeightSource("group", group="g", tensors=tuple(TensorSpec(name, "float32", (64,)) for name in names))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_group_that_owes_something_to_an_update_that_failed_is_left(tmp_path: Path, at_once: bool) -> None:
+    client = Client(make_engine(make_checkpoint(tmp_path, num_layers=4), dtype="float32"))
+    group, source = FakeGroup(), from_group("model.norm.weight", "model.bad", "mtp.norm.weight")
+    client.engine.controls._weights.groups["g"] = group  # type: ignore[assignment]
+    if at_once:  # refused before the first comes
+        refused = client.refusal(update_from(Path(), source=source, tensors=source.tensors, is_partial=True))
+    else:
+        client.do(BeginUpdate("begin", is_partial=True))
+        refused = client.refusal(AddTensors("add", source))
+    assert refused[0] == "InvalidRequest" and "model.bad" in refused[1]
+    assert refused[1].endswith("; the group g was left: join it again")
+    assert group.num_received == (0 if at_once else 2) and group.has_left.wait(30)
+    assert client.refusal(LeaveGroup("leave", "g"))[0] == "Conflict"
+
+
+def test_a_group_that_owes_nothing_stays(weights: Weights) -> None:
+    group = FakeGroup()
+    weights.groups["g"] = group  # type: ignore[assignment]
+    session = session_of(weights)
+    with pytest.raises(WeightUpdateError, match="the update lacks"):
+        session.bring(from_group("model.norm.weight"), BeginUpdate("b"))
+    session.close()
+    assert weights.groups and not group.has_left.is_set() and not session.left_group
+    with pytest.raises(Conflict, match=r"the group h has not been joined: join it first$"):
+        session_of(weights).bring(WeightSource("group", group="h"), BeginUpdate("b"))
 
 
 def test_a_session_that_was_closed_takes_nothing_more(weights: Weights) -> None:

@@ -1,5 +1,7 @@
+import pytest
+
 from server.router.counters import Counters
-from server.router.weight_versions import MAX_VERSIONS, WeightVersions
+from server.router.weight_versions import MAX_VERSIONS, UNTELLING_NAMES, WeightVersions
 
 
 def make_versions(has_draft: bool = True) -> tuple[Counters, WeightVersions]:
@@ -44,6 +46,30 @@ def test_a_head_is_stale_until_it_is_updated_too() -> None:
     without_draft = make_versions(has_draft=False)[1]
     without_draft.update("1", True, False)
     assert names(without_draft) == ("1", "default", False)
+
+
+HEAD, TARGET, BOTH = (False, True), (True, False), (True, True)
+
+
+@pytest.mark.parametrize("parts", [[HEAD, TARGET, TARGET], [TARGET, HEAD, TARGET, TARGET], [BOTH, TARGET]])
+def test_parts_of_one_name_are_one_version(parts: list[tuple[bool, bool]]) -> None:
+    versions = make_versions()[1]
+    for name in ("a", "b"):
+        for part in parts:
+            versions.update(name, *part)
+        assert names(versions) == (name, name, False)
+    versions.update("c", *TARGET)
+    assert names(versions) == ("c", "b", True)
+    versions.update("b", *TARGET)
+    assert versions.is_stale
+
+
+@pytest.mark.parametrize("name", UNTELLING_NAMES)
+def test_some_names_are_those_of_all_versions(name: str) -> None:
+    versions = make_versions()[1]
+    for part, is_stale in [(HEAD, False), (TARGET, False), (TARGET, True), (BOTH, False), (TARGET, True)]:
+        versions.update(name, *part)
+        assert names(versions) == (name, name, is_stale)
 
 
 def test_what_has_come_counts_and_not_what_it_is_called() -> None:

@@ -7,9 +7,12 @@ from safetensors.torch import load_file
 
 from models.training.rl import __main__ as command
 from models.weight_update import combine_checksums, hash_tensor
+from unit_tests.checkpoints import make_checkpoint
+from unit_tests.models.loading import load_ours
 from unit_tests.models.training.mtp_checks import checkpoint
 from unit_tests.models.training.rl.fake_server import FakeServer
 from unit_tests.models.training.rl.recipes import RECIPES, tiny_recipe
+from unit_tests.models.training.test_head_checkpoint import payloads
 
 SMALL = {
     "experiment.model_path": checkpoint("bfloat16"),
@@ -40,6 +43,25 @@ def test_a_run_prints_its_steps_and_a_summary_and_writes_a_checkpoint(served, ca
     checksums = {name: hash_tensor(tensor) for name, tensor in load_file(out / "model.safetensors").items()}
     assert summary["server_sha256"] == summary["trainer_sha256"] == combine_checksums(checksums)
     assert (out / "config.json").exists()
+
+
+def test_a_checkpoint_keeps_its_names_and_what_is_not_trained(served, tmp_path):
+    model = make_checkpoint(tmp_path / "model", num_layers=4, dtype="bfloat16", prefix="vl", vision=True, shards=2)
+    changes = [*CHANGES, "--set", f"experiment.model_path={model}"]
+    command.main(["--recipe", str(RECIPES / "full.yaml"), "--server", "x", "--out", str(tmp_path / "out"), *changes])
+    before, after = payloads(model), payloads(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == ["model.language_model.norm.weight"]
+    others = [path.name for path in model.iterdir() if path.suffix != ".safetensors"]
+    assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in others)
+    load_ours(tmp_path / "out")
+
+
+def test_a_place_inside_the_model_is_refused(served, capsys):
+    out = SMALL["experiment.model_path"] / "trained" / "here"
+    with pytest.raises(SystemExit):
+        command.main(["--recipe", str(RECIPES / "full.yaml"), "--server", "x", "--out", str(out), *CHANGES])
+    assert "or part of the model" in capsys.readouterr().err
 
 
 def test_without_a_server_it_tells_how_to_start_one(capsys):

@@ -1,5 +1,6 @@
 """The loop with a server inside the test: it learns, and ends with the same bits however the weights travel."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,9 @@ from models.training.mtp_settings import TrainingError
 from models.training.publisher import Publisher
 from models.training.rl.loop import RLLoop, StepReport, iterate_fields, rise
 from models.training.rollout_server import Rollout
+from server.api.fields import Fields, known_fields
+from server.api.sampling import SAMPLING_FIELDS, Limits, read_sampling
+from server.messages import SamplingParams
 from unit_tests.models.training.rl.fake_server import FakeServer
 from unit_tests.models.training.rl.recipes import tiny_recipe
 
@@ -75,6 +79,23 @@ def test_samples_may_be_drawn_while_a_step_is_made():
     assert server.checksum() == version.result_sha256
     assert len(reports) == 5
     assert all(report.num_dropped == 0 for report in reports)
+
+
+def test_samples_are_drawn_from_the_whole_law_whatever_the_checkpoint_prefers():
+    asked = []
+
+    class Noting(FakeServer):
+        def generate(self, prompt_ids, sampling, n, seed):
+            asked.append(json.dumps(sampling).encode())
+            return super().generate(prompt_ids, sampling, n, seed)
+
+    recipe = tiny_recipe(steps=1)
+    run(recipe, Noting(recipe))
+    preferred = SamplingParams(temperature=0.5, top_p=0.5, top_k=3, min_p=0.2, repetition_penalty=1.5)
+    limits = Limits(max_model_len=64, vocab_size=320, mtp_step=0, defaults=preferred)
+    for sampling in asked:
+        assert read_sampling(Fields(known_fields(*SAMPLING_FIELDS), sampling), limits) == SamplingParams()
+    assert len(asked) == 2
 
 
 class StaleServer(FakeServer):

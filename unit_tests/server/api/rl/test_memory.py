@@ -81,6 +81,22 @@ def test_taking_what_is_there_changes_nothing(trained: TrainedServing) -> None:
     assert trained.engine.is_paused and not is_sleeping(trained)
 
 
+def test_a_resume_ends_a_sleep_and_a_pause_behind_it_is_anothers(trained: TrainedServing) -> None:
+    trained.succeed("/sleep", level=0)
+    trained.succeed("/resume")
+    assert not is_sleeping(trained)
+    trained.succeed("/pause")
+    trained.succeed("/sleep", level=0)
+    assert not is_sleeping(trained)
+    trained.succeed("/wake_up")
+    assert trained.engine.is_paused
+    trained.succeed("/resume")
+    trained.succeed("/sleep", level=1)
+    trained.succeed("/sleep", level=1)
+    trained.succeed("/wake_up")
+    assert not trained.engine.is_paused and not is_sleeping(trained)
+
+
 def test_what_could_not_come_back_can_be_asked_for_again(trained: TrainedServing) -> None:
     trained.succeed("/sleep")
     trained.engine.refusals[RestoreMemory] = ("out of memory for decode graphs", "ConfigError")
