@@ -97,7 +97,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunked-prefill-size", nargs="+", type=int, default=[128, 512, 2048], help="chunk sizes")
     parser.add_argument("--stream-slowdown", nargs="+", type=float, default=[100, 2], help="100: chunks are not cut")
     parser.add_argument("--steps", type=int, default=80, help="engine steps per round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each case, interleaved")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each case, interleaved")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(argv)
 

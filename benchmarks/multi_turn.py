@@ -199,7 +199,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=8, help="turns per conversation")
     parser.add_argument("--conversations", type=int, default=8, help="one after the other")
     parser.add_argument("--requests", type=int, default=64, help=f"requests per shared prefix, {ROWS} at a time")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the shared prefixes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the shared prefixes")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(argv)
 

@@ -197,7 +197,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--updates", type=int, default=30, help="of load")
     add("--streams", type=int, default=16, help="of load")
     add("--preset", default="0.8B", help="shape of times")
-    add("--rounds", type=int, default=3, help="updates of each kind in times")
+    add("--rounds", type=int, default=5, help="updates of each kind in times")
     add("--time-streams", type=int, default=2, help="streams of times")
     add("--num-threads", type=int, default=1, help="CPU threads of every process")
     add("--start-timeout", type=float, default=300.0, help="seconds until a server must be ready")
