@@ -72,12 +72,6 @@ class Tokenizer:
         # Characters of text that one token can stand for, at most (a token's bytes are never fewer).
         self.longest_token_len = max(map(len, vocab))
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The id of the tokenizer's end token, or nothing when it names none."""
-        token_id = self._tokenizer.token_to_id(self._named_tokens.get("eos_token", ""))
-        return () if token_id is None else (token_id,)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids."""
         return self.encode_batch([text], add_special_tokens)[0]

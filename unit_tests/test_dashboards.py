@@ -36,7 +36,7 @@ def dashboard() -> dict[str, Any]:
 def labels() -> dict[str, set[str]]:
     """The labels of every sample of a server that has done a little of everything."""
     metrics = Metrics("m", lambda: STATS, Ready(1, 1, (), 1))
-    clock = metrics.start_request(1, SamplingParams(), 1)
+    clock = metrics.start_request(1, SamplingParams())
     for _ in range(2):
         clock.count_tokens(1)
     clock.end("stop")

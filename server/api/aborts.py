@@ -1,7 +1,8 @@
 """Ending requests in flight by the names that their clients gave them: POST /abort_request and /abort_requests.
 
 They end with finish reason abort and the tokens they have. A name is what a request said by `request_id`, `rid` or
-the header X-Request-Id; the id of the answer does as well.
+the header X-Request-Id; the id of the answer does as well, but for /v1/responses, whose answers have ids of their own
+and a route that cancels them.
 """
 
 from collections.abc import Collection
@@ -19,7 +20,7 @@ _ABORT = known_fields("rid", "abort_all")
 _ABORTS = known_fields("request_ids")
 _MAX_IDS = 16384
 # How the ids of answers begin; then comes the name.
-_PREFIXES = ("", "chatcmpl-", "cmpl-")
+_PREFIXES = ("", "chatcmpl-", "cmpl-", "msg_")
 _ABORT_REQUEST: Schema = {
     "type": "object",
     "properties": {"rid": nullable("string", maxLength=256), "abort_all": nullable("boolean")},

@@ -1,6 +1,5 @@
 """Anthropic's Messages API, its answers: a message of blocks, whole, or with the events that lead to it."""
 
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -31,7 +30,7 @@ class MessageAnswer:
         self._reader = MessageReader(services.tokenizer, job.rules)
         self._blocks = Blocks()
         self._head = {
-            "id": f"msg_{uuid.uuid4().hex}",
+            "id": f"msg_{generation.name}",
             "type": "message",
             "role": "assistant",
             "model": services.model_name,

@@ -56,7 +56,8 @@ def read_chat_job(fields: Fields, services: Services) -> ChatJob:
     n = fields.integer("n", 1, 1, MAX_CHOICES) or 1
     how, terms = read_stream(fields), read_terms(fields)
     tools, reasoning, echo = read_tools(fields), read_reasoning(fields), fields.boolean("echo", False)
-    prompt = services.prompts.read_chat(fields, None if tools is None else tools.definitions)
+    reader = services.prompts.for_output(sampling.max_tokens)
+    prompt = reader.read_chat(fields, None if tools is None else tools.definitions)
     return ChatJob(
         prompts=[prompt.token_ids],
         sampling=replace(sampling, **read_message_masks(fields, tools, prompt, services)),

@@ -23,7 +23,7 @@ from server.messages import FINISH_STOP
 from server.tokenizer import Tokenizer
 
 FINISH_TOOL_CALLS, FINISH_FUNCTION_CALL = "tool_calls", "function_call"
-START_OF_CALL, END_OF_CALL = "<tool_call>", "</tool_call>"
+_START_OF_CALL = "<tool_call>"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MessageReader:
         self._beginning = rules.beginning
         self._shows_reasoning = rules.reasoning.is_included
         self._end_id = tokenizer.token_id(END_OF_THINKING)
-        self._call_id = tokenizer.token_id(START_OF_CALL)
+        self._call_id = tokenizer.token_id(_START_OF_CALL)
         self._counts = rules.starts_thinking
         self._num_before_call = 0
         self.num_reasoning_tokens = 0

@@ -53,8 +53,7 @@ def read_completion_job(fields: Fields, services: Services) -> CompletionJob:
     default = min(_DEFAULT_MAX_TOKENS, limits.max_model_len)
     least = 0 if echo or sampling.prompt_logprobs is not None else 1
     max_tokens = read_max_tokens(fields, ("max_tokens", "max_completion_tokens"), default, limits, least)
-    reader = services.prompts.without_output() if max_tokens == 0 else services.prompts
-    prompts = reader.read_prompts(fields)
+    prompts = services.prompts.for_output(max_tokens).read_prompts(fields)
     if len(prompts) * best_of > MAX_PROMPTS:
         raise InvalidRequest(
             f"{len(prompts)} prompts with {'n' if best_of == n else 'best_of'} = {best_of} are over the limit of "

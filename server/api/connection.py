@@ -15,6 +15,8 @@ from server.errors import InvalidRequest
 
 # After a body is late: time for an answer that says so.
 _GRACE_SECONDS = 5.0
+# So much of what a client sends ahead, before it has its answer, is taken in: only who reads sees that it leaves.
+_MAX_AHEAD_BYTES = 65536
 # Chunks of a body with fewer bytes than that. Nobody is served while those of one packet, up to 40,000, are parsed.
 _TINY_CHUNK_BYTES, _MAX_TINY_CHUNKS = 256, 4096
 
@@ -69,9 +71,12 @@ class ImpatientProtocol(H11Protocol):
         self._expect(h11.IDLE)
 
     def data_received(self, data: bytes) -> None:
-        """The next part of the request must follow in time."""
+        """The next part of the request must follow in time; what comes behind its end must not hide that the client
+        leaves."""
         super().data_received(data)
         self._expect(self.conn.their_state)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= _MAX_AHEAD_BYTES:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Between requests uvicorn has its own deadline, until the first byte of the next one."""

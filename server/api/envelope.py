@@ -4,6 +4,7 @@ Knows no endpoint but by its `Format`.
 """
 
 import functools
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -62,10 +63,10 @@ class Envelope:
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 parts[delta.index].append(delta)
-        if self._job.sampling.prompt_logprobs is None:
-            body = self._write(parts)
+        if self._job.takes_long_to_write(sum(choice.num_tokens for choice in self._generation.choices)):
+            body = await self._services.do_apart(self._write, parts)
         else:
-            body = await self._services.do_apart(self._write, parts)  # as long as the prompts
+            body = self._write(parts)
         return Response(body, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -181,4 +182,4 @@ def _fingerprint(mtp_step: int) -> str:
 
 def _mean_logprob(deltas: Sequence[Delta]) -> float:
     logprobs = [entry.logprob for delta in deltas for entry in delta.logprobs]
-    return sum(logprobs) / max(1, len(logprobs))
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

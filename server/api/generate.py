@@ -101,8 +101,7 @@ def read_generate_job(fields: Fields, services: Services) -> GenerateJob:
     if fields.boolean("return_logprob", False):
         sampling = replace(sampling, logprobs=num_top, prompt_logprobs=None if start < 0 else num_top)
     key, stream, shows_text = read_salt(fields, "extra_key"), *(fields.boolean(name, False) for name in _FLAGS)
-    reader = services.prompts.without_output() if sampling.max_tokens == 0 else services.prompts
-    prompts, is_single = _read_prompts(fields, reader)
+    prompts, is_single = _read_prompts(fields, services.prompts.for_output(sampling.max_tokens))
     shortest = min(map(len, prompts))
     if len(prompts) * n > MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts with n = {n} are over the limit of {MAX_PROMPTS}", "n")
@@ -252,10 +251,10 @@ class GenerateAnswer:
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
                 self._outputs[delta.index].take(delta)
-        if self._job.sampling.prompt_logprobs is None:
-            body = self._encode(self._outputs)
+        if self._job.takes_long_to_write(sum(choice.num_tokens for choice in self._generation.choices)):
+            body = await self._services.do_apart(self._encode, self._outputs)
         else:
-            body = await self._services.do_apart(self._encode, self._outputs)  # as long as the prompts
+            body = self._encode(self._outputs)
         return Response(body, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:

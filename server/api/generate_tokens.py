@@ -78,7 +78,7 @@ def read_tokens_job(fields: Fields, services: Services) -> Job:
     n, terms, raw = params.integer("n", 1, 1, MAX_CHOICES) or 1, read_terms(fields), fields.raw("token_ids")
     if raw[:1] != b"[" or raw[1:].lstrip()[:1] in b'["':
         raise InvalidRequest(f"token_ids is {shown_json(raw)}, it must be a list of token ids", "token_ids")
-    prompts = services.prompts.read_prompts(fields, "token_ids")
+    prompts = services.prompts.for_output(sampling.max_tokens).read_prompts(fields, "token_ids")
     return Job(prompts=prompts, sampling=sampling, n=n, terms=terms, **how)
 
 

@@ -13,7 +13,7 @@ from server.api.engine_client import EngineClient
 from server.api.metrics import Metrics, RequestClock
 from server.api.sampling import choice_sampling
 from server.api.terms import Terms
-from server.errors import InvalidRequest
+from server.errors import Conflict
 from server.messages import (
     FINISH_ABORT,
     FINISH_STOP,
@@ -24,6 +24,9 @@ from server.messages import (
     count_kept_drafts,
 )
 from server.tokenizer import Detokenizer, Tokenizer
+
+# Log-probabilities, with the likeliest beside each, that are written in some milliseconds.
+MANY_SCORES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,13 @@ class Job:
     num_prompt_logprobs: int | None = None
     request_id: str = ""
     prompt_names: list[str] = field(default_factory=list)
+
+    def takes_long_to_write(self, num_tokens: int) -> bool:
+        """Whether an answer of so many tokens has so many log-probabilities that others should not wait for it."""
+        num_scores = num_tokens if self.sampling.logprobs is not None else 0
+        if self.sampling.prompt_logprobs is not None:
+            num_scores += sum(map(len, self.prompts))
+        return num_scores > MANY_SCORES
 
     def watch(self) -> Callable[[str], bool] | None:
         """For one choice: what is told its text, token by token, and says whether that is all that counts. None where
@@ -200,12 +210,13 @@ class Generation:
         self.name = name
         self._client = client
         self._prefix = uuid.uuid4().hex
+        metrics.params_n.observe(job.n)
         detokenizers = (Detokenizer(tokenizer, job.sampling) for _ in range(len(job.prompts) * job.n))
         self.choices = [
             Choice(
                 index,
                 detokenizer,
-                metrics.start_request(len(job.prompts[index // job.n]), job.sampling, job.n),
+                metrics.start_request(len(job.prompts[index // job.n]), job.sampling),
                 job.watch(),
             )
             for index, detokenizer in enumerate(detokenizers)
@@ -222,7 +233,7 @@ class Generation:
                 async for output in outputs:
                     choice = self.choices[int(output.request_id.rpartition("-")[2])]
                     if output.finish_reason == FINISH_ABORT and self._lacks_scores(choice):
-                        raise InvalidRequest("the request was aborted before its prompt was scored")
+                        raise Conflict("the request was aborted before its prompt was scored; send it again")
                     if choice.weight_version is not outputs.weight_version:
                         choice.begin_version(outputs.weight_version)
                     delta = choice.take(output)

@@ -1,7 +1,8 @@
 """Prometheus metrics: everything under `tandem:`, and again under the `vllm:` names that dashboards already query.
 
-Request figures are counted here, where tokens are handed to clients, so they equal the sums of `usage`. Scheduler and
-speculation figures are the engine's own, read from its last message. Knows neither text nor HTTP.
+Request figures are counted here, where tokens are handed to clients. Each choice counts as a request, so output tokens
+equal the sums of `usage`, and a prompt's tokens count once for each of its n choices. Scheduler and speculation figures
+are the engine's own, read from its last message. Knows neither text nor HTTP.
 """
 
 import time
@@ -109,12 +110,11 @@ class Metrics:
             registry=self._own,
             buckets=_REQUEST_SECONDS,
         )
-        self.params_n = self._histogram("request_params_n", "The n of requests.", _CHOICES)
+        self.params_n = self._histogram("request_params_n", "The n of HTTP requests.", _CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "The max_tokens of requests.", _TOKENS)
 
-    def start_request(self, prompt_len: int, sampling: SamplingParams, n: int) -> "RequestClock":
+    def start_request(self, prompt_len: int, sampling: SamplingParams) -> "RequestClock":
         """The clock of a request that arrives now."""
-        self.params_n.observe(n)
         if sampling.max_tokens is not None:
             self.params_max_tokens.observe(sampling.max_tokens)
         return RequestClock(self, prompt_len)

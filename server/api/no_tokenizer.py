@@ -19,11 +19,6 @@ class NoTokenizer(Tokenizer):
         self.vocab_size = 0
         self.longest_token_len = sys.maxsize
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """None that is known here."""
-        return ()
-
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Never."""
         raise _refusal()

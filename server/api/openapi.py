@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Response
 
 from server.errors import (
+    Conflict,
     EngineDead,
     InvalidRequest,
     ModelFailure,
@@ -41,7 +42,7 @@ ERROR: Schema = {
 }
 # How a request with a body may fail, and one that generates.
 READ_ERRORS = (InvalidRequest, NotFound, RequestTimeout, QueueFull)
-GENERATION_ERRORS = (*READ_ERRORS, ModelFailure, EngineDead)
+GENERATION_ERRORS = (*READ_ERRORS, Conflict, ModelFailure, EngineDead)
 
 
 def operation(

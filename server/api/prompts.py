@@ -58,8 +58,8 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._template_defaults = template_defaults
         self._trusts_templates = trusts_templates
-        self._max_model_len = max_model_len
-        self._least_output = 1
+        self._max_model_len = self._most_tokens = max_model_len
+        self._num_output = self._least_output = 1
         # In range by the decoder already, which would take its time over integers of thousands of digits.
         self._ids_type: type[list[int]] = list[Annotated[int, msgspec.Meta(ge=0, le=vocab_size - 1)]]
         self._ids_rule = f"a list of token ids in 0..{vocab_size - 1}"
@@ -67,20 +67,22 @@ class PromptReader:
     def without_limit(self) -> "PromptReader":
         """One that reads prompts of any length, to count them."""
         reader = copy(self)
-        reader._max_model_len = sys.maxsize
+        reader._most_tokens = sys.maxsize
         return reader
 
-    def without_output(self) -> "PromptReader":
-        """One for requests that want no token, whose prompts may fill the context."""
+    def for_output(self, max_tokens: int | None) -> "PromptReader":
+        """One for requests that want so many tokens, None: the rest of the context. Prompts of those that want none may
+        fill it."""
         reader = copy(self)
-        reader._least_output = 0
+        reader._num_output = 1 if max_tokens is None else max_tokens
+        reader._least_output = min(1, reader._num_output)
         return reader
 
     def read_chat(self, fields: Fields, tools: Sequence[Mapping[str, Any]] | None = None) -> ChatPrompt:
         """The prompt of a chat request, which offers `tools` to the model."""
         messages, variables, template = read_messages(fields), self._read_variables(fields), self._read_template(fields)
         add_special_tokens = fields.boolean("add_special_tokens", False)
-        truncation = read_truncation(fields, self._max_model_len, self._least_output)
+        truncation = read_truncation(fields, self._max_model_len, self._num_output)
         continues = fields.boolean("continue_final_message", False)
         opens_turn = fields.boolean("add_generation_prompt", not continues)
         if continues and opens_turn:
@@ -130,7 +132,7 @@ class PromptReader:
 
     def read_prompts(self, fields: Fields, name: str = "prompt") -> list[list[int]]:
         """Token ids of every prompt of the field `name`: a text, ids, or a list of either."""
-        raw, truncation = fields.raw(name), read_truncation(fields, self._max_model_len, self._least_output)
+        raw, truncation = fields.raw(name), read_truncation(fields, self._max_model_len, self._num_output)
         add_special_tokens = fields.boolean("add_special_tokens", True)
         if raw[:1] == b'"':
             return self._encode([read_text(name, raw)], name, add_special_tokens, truncation)
@@ -184,7 +186,7 @@ class PromptReader:
         """Refuse text that is too long for any tokenisation, without the seconds that tokenising it would take."""
         num_composed = 1 if text.isascii() else _MOST_COMPOSED
         min_tokens = len(text) // (num_composed * self._tokenizer.longest_token_len)
-        if min_tokens + self._least_output > self._max_model_len:
+        if min_tokens + self._least_output > self._most_tokens:
             raise self._overflow(name, f"{len(text)} characters, which are at least {min_tokens} tokens")
 
     def read_ids(self, name: str, raw: bytes) -> list[int]:
@@ -193,7 +195,7 @@ class PromptReader:
 
     def _read_ids(self, name: str, raw: bytes, truncation: Truncation | None) -> list[int]:
         num_ids, field = raw.count(b",") + 1, name.partition("[")[0]
-        if num_ids + self._least_output > self._max_model_len and truncation is None:
+        if num_ids + self._least_output > self._most_tokens and truncation is None:
             raise self._overflow(field, f"{num_ids} tokens")
         ids = self.read_ids(name, raw)
         ids = ids if truncation is None else truncation.cut(ids)
@@ -203,7 +205,7 @@ class PromptReader:
     def _check_length(self, name: str, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InvalidRequest(f"{name} is empty, it must have at least one token", name)
-        if len(token_ids) + self._least_output > self._max_model_len:
+        if len(token_ids) + self._least_output > self._most_tokens:
             raise self._overflow(name, f"{len(token_ids)} tokens")
 
     def _overflow(self, name: str, seen: str) -> InvalidRequest:

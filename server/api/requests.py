@@ -70,13 +70,14 @@ async def generate(
     read_job: Callable[[bytes], J],
     make_answer: Callable[[J, Generation], Answer],
     closing: bytes = DONE,
+    adds_more: bool = False,
 ) -> Response:
-    """Answer one request of any endpoint, a stream closed with `closing`. Raises TandemError for what must be an HTTP
-    error."""
+    """Answer one request of any endpoint, a stream closed with `closing`. `adds_more`: `read_job` may read more than
+    the body. Raises TandemError for what must be an HTTP error."""
     try:
         async with services.bodies.hold(request.receive, request.headers.get("content-type", "")) as body:
             services.client.check_room(1)
-            job = await services.read(read_job, body)
+            job = await services.read(read_job, body, adds_more)
         exchange = exchange_of(request.scope)
         name = job.request_id or exchange.id
         generation = Generation(job, services.tokenizer, services.client, services.metrics, name)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,17 @@ import msgspec
 from fastapi import Response
 
 from server.api.chat import ChatJob
-from server.api.chat_format import END_OF_CALL, START_OF_CALL, MessageReader
+from server.api.chat_format import MessageReader
 from server.api.generation import Delta, Generation
 from server.api.logprobs import chat_logprobs
-from server.api.message_blocks import CLOSED, CONTENT, Block, Blocks
+from server.api.message_blocks import CLOSED, CONTENT, Blocks
+from server.api.message_parser import ContentPiece, Piece
 from server.api.response_items import FUNCTION_CALL, Event, write_events, write_item
 from server.api.response_store import ResponseStore, Stored
 from server.api.services import Services
-from server.api.thinking import END_OF_THINKING
 from server.errors import TandemError
 from server.messages import FINISH_LENGTH, FINISH_STOP
-from server.tokenizer import Tokenizer
+from server.tokenizer import Detokenizer, Tokenizer
 
 # What a response has besides what its request says.
 _CONSTANTS: dict[str, Any] = {
@@ -138,11 +138,9 @@ class ResponseAnswer:
         pieces = self._reader.take(delta)
         for step, block, text in self._blocks.take(pieces, delta.finish_reason):
             if step == CLOSED and block.kind == CONTENT:
-                self._scores_of[block.id] = self._scores.find(self._count_calls(block))
+                before = sum(other.kind == CONTENT for other in self._blocks.all[: block.index])
+                self._scores_of[block.id] = self._scores.find(before)
             yield from write_events(step, block, text, self._scores_of.get(block.id, ()))
-
-    def _count_calls(self, block: Block) -> int:
-        return sum(other.call is not None for other in self._blocks.all[: block.index])
 
     def _status(self) -> str:
         (choice,) = self._generation.choices
@@ -178,15 +176,16 @@ class ResponseAnswer:
 
 
 class _ContentScores:
-    """Log-probabilities of the tokens that are neither reasoning nor calls, by the number of calls before them."""
+    """Log-probabilities of the tokens of each content block. Tokens are read one by one, and wait until what follows
+    tells whether they are of the content."""
 
     def __init__(self, tokenizer: Tokenizer, job: ResponseJob):
         self._tokenizer = tokenizer
         self._num_top = job.sampling.logprobs
-        self._call_id = tokenizer.token_id(START_OF_CALL)
-        self._end_ids = (tokenizer.token_id(END_OF_THINKING), tokenizer.token_id(END_OF_CALL))
-        self._is_content = not job.rules.starts_thinking
-        self._groups: list[list[Any]] = [[]]
+        self._parser, self._detokenizer = job.rules.make_parser(), Detokenizer(tokenizer, job.sampling)
+        self._is_content = False
+        self._waiting: list[Any] = []
+        self._groups: list[list[Any]] = []
 
     def take(self, delta: Delta) -> None:
         """The next tokens."""
@@ -194,14 +193,26 @@ class _ContentScores:
             return
         entries = chat_logprobs(self._tokenizer, delta, self._num_top)["content"]
         for token_id, entry in zip(delta.token_ids, entries, strict=True):
-            if token_id == self._call_id:
-                self._is_content = False
-                self._groups.append([])
-            elif token_id in self._end_ids:
-                self._is_content = True
-            elif self._is_content:
-                self._groups[-1].append(entry)
+            self._waiting.append(entry)
+            before = self._parser.is_thinking, self._parser.has_call
+            self._place(self._parser.push(self._detokenizer.push([token_id])))
+            if before != (self._parser.is_thinking, self._parser.has_call):
+                self._waiting = []  # markup
+        if delta.finish_reason is not None:
+            self._place(self._parser.push(self._detokenizer.finish()))
+            self._place(self._parser.finish(is_truncated=delta.finish_reason != FINISH_STOP))
+            if self._is_content and delta.finish_reason == FINISH_STOP:
+                self._groups[-1] += self._waiting  # the end token
 
-    def find(self, num_calls: int) -> list[Any]:
-        """Those after so many calls."""
-        return self._groups[num_calls] if num_calls < len(self._groups) else []
+    def find(self, index: int) -> list[Any]:
+        """Those of a content block, which has ended."""
+        return self._groups[index] if index < len(self._groups) else []
+
+    def _place(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            is_content = isinstance(piece, ContentPiece)
+            if is_content and not self._is_content:
+                self._groups.append([])
+            if is_content:
+                self._groups[-1] += self._waiting
+            self._waiting, self._is_content = [], is_content

@@ -15,7 +15,7 @@ from server.api.openapi import GENERATION_ERRORS, operation, path_parameter, que
 from server.api.requests import check_model, generate, refuse_unserved
 from server.api.response_answer import ResponseAnswer, ResponseJob
 from server.api.response_items import read_items
-from server.api.response_store import ResponseStore
+from server.api.response_store import ResponseStore, Stored
 from server.api.sampling import read_num_logprobs
 from server.api.services import Services
 from server.api.thinking import EFFORTS
@@ -57,7 +57,7 @@ _PAGE = [
 def add_response_routes(app: FastAPI, services: Services) -> None:
     """POST /v1/responses, and what can be done with one response."""
     store, running = ResponseStore(), dict[str, ResponseAnswer]()
-    _add_stored_routes(app, store, running)
+    _add_stored_routes(app, services, store, running)
 
     @app.post(
         "/v1/responses", **operation(request=RESPONSE_REQUEST, answer=RESPONSE, streams=True, errors=GENERATION_ERRORS)
@@ -70,10 +70,13 @@ def add_response_routes(app: FastAPI, services: Services) -> None:
             lambda body: read_response_job(Fields(_REQUEST, body), services, store),
             lambda job, generation: ResponseAnswer(services, job, generation, store, running),
             closing=b"",
+            adds_more=True,  # the conversation before it
         )
 
 
-def _add_stored_routes(app: FastAPI, store: ResponseStore, running: dict[str, ResponseAnswer]) -> None:
+def _add_stored_routes(
+    app: FastAPI, services: Services, store: ResponseStore, running: dict[str, ResponseAnswer]
+) -> None:
     one = [path_parameter("response_id")]
     readable = [InvalidRequest, NotFound]
 
@@ -96,11 +99,8 @@ def _add_stored_routes(app: FastAPI, store: ResponseStore, running: dict[str, Re
     async def list_input_items(request: Request) -> Response:
         """What a response was made of: the items of the conversation before it."""
         response_id, page = request.path_params["response_id"], read_page(request.query_params)
-        if response_id in running:
-            return _json(list_items(response_id, running[response_id].items, page))
-        stored = store.get(response_id)
-        items = msgspec.json.decode(stored.items, type=list[msgspec.Raw])[: stored.num_input]
-        return _json(list_items(response_id, [bytes(item) for item in items], page))
+        source = running[response_id] if response_id in running else store.get(response_id)
+        return await services.do_apart(lambda source: _json(list_items(response_id, _items_of(source), page)), source)
 
     @app.delete("/v1/responses/{response_id}", **operation(errors=[NotFound], parameters=one))
     async def delete_response(request: Request) -> dict[str, Any]:
@@ -117,6 +117,14 @@ def _add_stored_routes(app: FastAPI, store: ResponseStore, running: dict[str, Re
             return Response(store.get(response_id).body, media_type="application/json")
         running[response_id].cancel()
         return _json(running[response_id].describe("cancelled"))
+
+
+def _items_of(source: ResponseAnswer | Stored) -> list[bytes]:
+    """The items that a response was made of."""
+    if isinstance(source, ResponseAnswer):
+        return source.items
+    items = msgspec.json.decode(source.items, type=list[msgspec.Raw])[: source.num_input]
+    return [bytes(item) for item in items]
 
 
 def _refuse_stream(request: Request) -> None:

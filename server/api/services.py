@@ -46,9 +46,9 @@ class Services:
         """The model's name in answers."""
         return self.model_names[0]
 
-    async def read(self, reader: Callable[[bytes], T], body: bytes) -> T:
-        """`reader(body)`, of a long body apart."""
-        if len(body) <= _SHORT_BODY and not self.config.trust_request_chat_template:
+    async def read(self, reader: Callable[[bytes], T], body: bytes, adds_more: bool = False) -> T:
+        """`reader(body)`, apart if the body is long, or if it `adds_more` to read, as long as that may be."""
+        if len(body) <= _SHORT_BODY and not (adds_more or self.config.trust_request_chat_template):
             return reader(body)
         return await self.do_apart(reader, body)
 

@@ -14,11 +14,15 @@ from server.api.schemas import CHAT_REQUEST
 from server.api.services import Services
 from server.api.thinking import THINKING_FIELDS
 from server.api.tools import TOOL_FIELDS, read_tools
+from server.api.truncation import TRUNCATION_FIELDS, read_truncation
 
 _TOKENIZE = known_fields("model", "return_token_strs", *PROMPT_FIELDS, *THINKING_FIELDS, *TOOL_FIELDS)
 _DETOKENIZE = known_fields("model", "tokens")
 _IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_CHAT_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_CHAT_FIELDS = (
+    *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+    *TRUNCATION_FIELDS,
+)
 _TOKENIZE_REQUEST: Schema = {
     "type": "object",
     "properties": {
@@ -77,7 +81,9 @@ def _tokenize(fields: Fields, services: Services, prompts: PromptReader) -> dict
         token_ids = prompts.read_chat(fields, None if tools is None else tools.definitions).token_ids
     else:
         text = read_text("prompt", fields.raw("prompt"))
+        truncation = read_truncation(fields, services.limits.max_model_len)
         token_ids = services.tokenizer.encode(text, fields.boolean("add_special_tokens", True))
+        token_ids = token_ids if truncation is None else truncation.cut(token_ids)
     shows_texts = fields.boolean("return_token_strs", False)
     return {
         "count": len(token_ids),

@@ -51,7 +51,8 @@ class BodyReader:
         try:
             await self._fill_in_time(chunks, receive)
             _check_content_type(content_type)
-            yield b"".join(chunks)
+            chunks[:] = [b"".join(chunks)]  # not beside them, in twice the memory
+            yield chunks[0]
         finally:
             self.num_held -= sum(map(len, chunks))
 
@@ -85,17 +86,17 @@ class BodyReader:
 async def run_until_disconnect(
     receive: Receive,
     work: Coroutine[Any, Any, T],
-    interval: float | None = None,
-    tick: Callable[[], Awaitable[None]] | None = None,
+    patience: float | None = None,
+    tick: Callable[[], Awaitable[float]] | None = None,
 ) -> T:
     """The result of `work`, which is cancelled and ClientGone raised when the client goes first. Until then `tick` is
-    called every `interval` seconds."""
+    called after `patience` seconds, and again after as many as it says."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_wait_disconnect(receive))
     try:
-        while not (await asyncio.wait((task, watcher), timeout=interval, return_when=asyncio.FIRST_COMPLETED))[0]:
+        while not (await asyncio.wait((task, watcher), timeout=patience, return_when=asyncio.FIRST_COMPLETED))[0]:
             assert tick is not None
-            await tick()
+            patience = await tick()
         if not task.done():
             raise ClientGone
         return task.result()
@@ -128,7 +129,8 @@ class EventStream(Response):
         self._events = events
         self._interval = keep_alive_interval
         self._closing = closing
-        self._has_begun = self._is_writing = self._was_quiet = False
+        self._has_begun = self._is_writing = False
+        self._quiet_since = asyncio.get_running_loop().time()
         self._beginning = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,17 +153,21 @@ class EventStream(Response):
                 await self._write(send, error_event(error, scope))
         await self._write(send, self._closing, more=False)
 
-    async def _keep_alive(self, send: Send) -> None:
-        if self._was_quiet and not self._is_writing:  # else the client does not read what there is
+    async def _keep_alive(self, send: Send) -> float:
+        """A comment, if it is time for one; the seconds until it may be again."""
+        seconds = self._quiet_since + self._interval - asyncio.get_running_loop().time()
+        if seconds > 0:
+            return seconds
+        if not self._is_writing:  # else the client does not read what there is
             await self._write(send, _KEEP_ALIVE)
-        self._was_quiet = True
+        return self._interval
 
     async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
         if not self._has_begun:
             await self._begin(send)
-        self._is_writing, self._was_quiet = True, False
+        self._is_writing = True
         await send({"type": "http.response.body", "body": data, "more_body": more})
-        self._is_writing = False
+        self._is_writing, self._quiet_since = False, asyncio.get_running_loop().time()
 
     async def _begin(self, send: Send) -> None:
         """Once, even if an event and a comment come together."""

@@ -6,7 +6,6 @@ from server.api.fields import Fields, shown
 from server.errors import InvalidRequest
 
 TRUNCATION_FIELDS = ("truncate_prompt_tokens", "truncation_side")
-_OUTPUT_FIELDS = ("max_completion_tokens", "max_tokens")
 _SIDES = ("left", "right")
 
 
@@ -22,9 +21,9 @@ class Truncation:
         return token_ids[: self.max_len] if self.keeps_start else token_ids[-self.max_len :]
 
 
-def read_truncation(fields: Fields, max_model_len: int, least_output: int = 1) -> Truncation | None:
-    """What `truncate_prompt_tokens` and `truncation_side` ask for; None: nothing. -1 leaves room for the output that
-    the request asks for, and there is always room for `least_output` tokens."""
+def read_truncation(fields: Fields, max_model_len: int, num_output: int = 1) -> Truncation | None:
+    """What `truncate_prompt_tokens` and `truncation_side` ask for; None: nothing. -1 leaves room for the `num_output`
+    tokens that the request asks for, and there is always room for one of them."""
     max_len = fields.integer("truncate_prompt_tokens", None, -1, max_model_len)
     side = fields.text("truncation_side", "left")
     if side not in _SIDES:
@@ -36,6 +35,5 @@ def read_truncation(fields: Fields, max_model_len: int, least_output: int = 1) -
             f"truncate_prompt_tokens is 0, it must be -1 or in 1..{max_model_len}", "truncate_prompt_tokens"
         )
     if max_len == -1:
-        wanted = [count for name in _OUTPUT_FIELDS if (count := fields.integer(name, None)) is not None]
-        max_len = max(1, max_model_len - max([least_output, *wanted[:1]]))
-    return Truncation(min(max_len, max_model_len - least_output), keeps_start=side == "right")
+        max_len = max(1, max_model_len - num_output)
+    return Truncation(min(max_len, max_model_len - min(1, num_output)), keeps_start=side == "right")

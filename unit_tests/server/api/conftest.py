@@ -159,7 +159,7 @@ def markup_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def scripted(markup_tokenizer: Tokenizer) -> Iterator[ScriptedServing]:
     """A serving with a scripted model that listens."""
-    engine = ScriptedEngine(markup_tokenizer.vocab_size, markup_tokenizer.eos_token_ids[0])
+    engine = ScriptedEngine(markup_tokenizer.vocab_size, markup_tokenizer.encode(demo_tokenizer.END_OF_TURN)[0])
     serving = ScriptedServing(engine, markup_tokenizer)
     with serving.listening():
         yield serving

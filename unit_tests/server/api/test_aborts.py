@@ -139,7 +139,25 @@ def test_a_request_that_has_no_token_yet_ends_too(make_serving: Callable[..., Se
         assert (answer.json()["text"], answer.json()["output_ids"]) == ("", [])
         assert answer.json()["meta_info"]["finish_reason"]["type"] == "abort"
     assert scored.json()["meta_info"]["input_token_logprobs"] == []
-    check_error(echoed, 400, None, "aborted before its prompt was scored")
+    check_error(echoed, 409, None, "aborted before its prompt was scored")
+
+
+def test_the_id_of_a_message_is_a_name_as_well(make_serving: Callable[..., Serving]) -> None:
+    serving = make_serving()
+    serving.channel.paused = True
+
+    async def talk() -> httpx.Response:
+        transport = httpx.ASGITransport(serving.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "request_id": "mine"}
+            task = asyncio.create_task(http.post("/v1/messages", json=body))
+            while serving.client.num_in_flight < 1:
+                await asyncio.sleep(0.001)
+            assert (await http.post("/abort_request", json={"rid": "msg_mine"})).json() == {"num_aborted": 1}
+            return await task
+
+    answer = asyncio.run(run_in_time(talk())).json()
+    assert (answer["id"], answer["stop_reason"]) == ("msg_mine", "abort")
 
 
 def test_nobody_is_ended_by_a_name_that_nobody_has(serving: Serving) -> None:

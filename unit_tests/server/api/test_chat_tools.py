@@ -52,7 +52,7 @@ def make_scripted(markup_tokenizer: Tokenizer) -> Callable[..., ScriptedServing]
     """Makes servings with settings of their own; they do not listen yet."""
 
     def make(**settings: Any) -> ScriptedServing:
-        engine = ScriptedEngine(markup_tokenizer.vocab_size, markup_tokenizer.eos_token_ids[0])
+        engine = ScriptedEngine(markup_tokenizer.vocab_size, markup_tokenizer.encode(demo_tokenizer.END_OF_TURN)[0])
         return ScriptedServing(engine, markup_tokenizer, **settings)
 
     return make

@@ -150,8 +150,13 @@ def test_long_prompts_are_cut_when_asked_for(serving: Serving) -> None:
 
 
 def test_the_same_cut_holds_for_chats(serving: Serving) -> None:
-    serving.chat("the fox " * 1000, truncate_prompt_tokens=7, max_tokens=1)
-    assert len(serving.channel.sent[-1].prompt_token_ids) == 7
+    for asked, fields, kept in (
+        (7, {"max_tokens": 1}, 7),
+        (-1, {"max_tokens": 50, "max_completion_tokens": 56}, MAX_MODEL_LEN - 56),
+        (-1, {}, MAX_MODEL_LEN - 1),
+    ):
+        serving.chat("the fox " * 1000, truncate_prompt_tokens=asked, **fields)
+        assert len(serving.channel.sent[-1].prompt_token_ids) == kept
 
 
 @pytest.mark.parametrize(

@@ -372,6 +372,39 @@ def test_requests_in_one_packet_are_answered_in_turn(visit) -> None:
     visit(visitor)
 
 
+@pytest.mark.parametrize("ahead", [b"\r\n", GET + b"\r\n"], ids=["line", "request"])
+def test_a_client_that_has_sent_ahead_and_goes_is_noticed(visit, ahead: bytes) -> None:
+    async def visitor(site: Site) -> None:
+        _, writer = await site.connect()
+        writer.write(post(prompt=[FOREVER_ID, 5]))
+        await until(lambda: site.serving.client.stats.num_running == 1)
+        writer.write(ahead)
+        writer.close()
+        await until(lambda: any(isinstance(message, Abort) for message in site.serving.channel.sent))
+        await until(lambda: site.num_connections == 0)
+
+    visit(visitor)
+
+
+def test_what_is_sent_ahead_takes_bounded_memory_and_is_answered_in_turn(visit) -> None:
+    async def visitor(site: Site) -> None:
+        reader, writer = await site.connect()
+        writer.write(post(prompt=[FOREVER_ID, 5]))
+        await until(lambda: site.serving.client.stats.num_running == 1)
+        (protocol,) = site.http.server_state.connections
+        writer.write(post(prompt=[6], max_tokens=1, close=True, user="x" * MIB))
+        await until(lambda: protocol.flow.read_paused)
+        assert len(protocol.conn.trailing_data[0]) < MIB // 2
+        assert b'"num_aborted":1' in await site.ask(
+            b"POST /abort_request HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 19\r\n\r\n"
+            b'{"abort_all": true}'
+        )
+        assert (await reader.read(-1)).count(b"HTTP/1.1 200 OK") == 2
+        writer.close()
+
+    visit(visitor, patience=DEADLINE_SECONDS)
+
+
 def talk(method: str, headers: list[tuple[str, str]], *rest: h11.Event) -> list[bytes | None]:
     """What is written for the events of an answer, one after the other."""
     frugal = FrugalConnection(h11.SERVER)

@@ -1,11 +1,19 @@
 """What an answer has besides its choices, and what it tells of tokens, times and drafts on both endpoints."""
 
+import asyncio
+import json
+import threading
 from itertools import chain
 from typing import Any
 
 import pytest
 
+from server.api.completions import CompletionFormat, read_completion_job
+from server.api.envelope import Envelope
+from server.api.generation import Generation
+from server.api.requests import read_fields
 from server.config import ServerConfig
+from server.messages import TokenLogprobs, TokenOutput
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_requests import check_error
 from unit_tests.server.fake_engine import VOCAB_SIZE
@@ -225,3 +233,50 @@ def test_versions_of_the_weights_are_told_where_trainers_ask(make_serving: Any, 
         assert [choice.get("weight_versions") for choice in choices] == [spans if enable_rl else None] * 2
         events = _stream(serving, path, n=2)
         assert [_with(events, "weight_versions", index) for index in range(2)] == [[spans] * enable_rl] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "is_apart"),
+    [
+        (COMPLETIONS, {"n": 3}, False),
+        (COMPLETIONS, {"n": 3, "logprobs": 1}, True),
+        (COMPLETIONS, {"logprobs": 1}, False),
+        (COMPLETIONS, {"prompt": [70] * 30, "prompt_logprobs": 0}, True),
+        (COMPLETIONS, {"prompt_logprobs": 0}, False),
+        (CHAT, {}, False),
+        (CHAT, {"n": 2, "logprobs": True}, True),
+    ],
+)
+def test_answers_with_many_scores_are_written_off_the_event_loop(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any], is_apart: bool
+) -> None:
+    threads, write = [], Envelope._write
+
+    def record(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return write(*arguments)
+
+    monkeypatch.setattr(Envelope, "_write", record)
+    monkeypatch.setattr("server.api.generation.MANY_SCORES", 20)
+    _ask(serving, path, **fields)
+    assert [name.startswith("reader") for name in threads] == [is_apart]
+
+
+def test_a_choice_without_tokens_is_the_last_of_all(make_serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = make_serving().services
+    fields = read_fields(b'{"prompt": [5], "best_of": 3, "max_tokens": 1}', services)
+    job = read_completion_job(fields, services)
+    outputs = [
+        TokenOutput("r", [], [], "abort"),
+        TokenOutput("r", [70], [TokenLogprobs(-4.0, [], [])], "length"),
+        TokenOutput("r", [71], [TokenLogprobs(-3.0, [], [])], "length"),
+    ]
+
+    async def take_all(generation: Generation) -> Any:
+        for choice, output in zip(generation.choices, outputs, strict=True):
+            yield choice.take(output)
+
+    monkeypatch.setattr(Generation, "deltas", take_all)
+    generation = Generation(job, services.tokenizer, services.client, services.metrics)
+    answer = asyncio.run(Envelope(services, CompletionFormat(services.tokenizer, job), generation, job, "x").whole())
+    assert [choice["text"] for choice in json.loads(answer.body)["choices"]] == [services.tokenizer.decode([71])]

@@ -2,10 +2,12 @@
 
 import itertools
 import random
+import threading
 from typing import Any
 
 import pytest
 
+from server.api.generate import GenerateAnswer
 from server.config import ServerConfig
 from server.messages import Constraint
 from unit_tests.server.api.conftest import ScriptedServing, Serving
@@ -68,6 +70,31 @@ def test_a_stop_string_is_named_and_cut(scripted: ScriptedServing, keeps: bool, 
     output = ask(scripted, {"stop": [" brown"], "no_stop_trim": keeps}, text="x")
     assert output["text"] == text
     assert output["meta_info"]["finish_reason"] == {"type": "stop", "matched": " brown"}
+
+
+def test_a_prompt_may_be_cut_so_that_the_output_fits(serving: Serving) -> None:
+    ids = list(range(10, 310))
+    for params, kept in (({"max_new_tokens": 56}, 200), ({"max_new_tokens": 0}, MAX_MODEL_LEN), ({}, 128)):
+        ask(serving, params, input_ids=ids, truncate_prompt_tokens=-1)
+        assert serving.channel.sent[-1].prompt_token_ids == ids[-kept:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_apart"), [({}, False), ({"return_logprob": True}, True), ({"logprob_start_len": 0}, False)]
+)
+def test_answers_with_many_scores_are_written_off_the_event_loop(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], is_apart: bool
+) -> None:
+    threads, encode = [], GenerateAnswer._encode
+
+    def record(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return encode(*arguments)
+
+    monkeypatch.setattr(GenerateAnswer, "_encode", record)
+    monkeypatch.setattr("server.api.generation.MANY_SCORES", 1)
+    ask(serving, {"max_new_tokens": 2}, input_ids=[70, 71], **fields)
+    assert [name.startswith("reader") for name in threads] == [is_apart]
 
 
 @pytest.mark.parametrize("prompts", [{"input_ids": [[70], [80, 81]]}, {"text": ["a", "bc"]}])

@@ -7,7 +7,7 @@ import pytest
 from server.messages import Constraint
 from unit_tests.server.api.conftest import Serving
 from unit_tests.server.api.test_requests import check_error
-from unit_tests.server.fake_engine import VOCAB_SIZE
+from unit_tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
 
 PATH = "/inference/v1/generate"
 
@@ -38,6 +38,13 @@ def test_settings_are_those_of_completions(serving: Serving) -> None:
     sent = serving.channel.sent[0]
     assert (sent.sampling.temperature, sent.sampling.seed, sent.priority, sent.cache_salt) == (0.5, 3, 4, "s")
     assert sent.sampling.constraint == Constraint("regex", "a+", None, "regex")
+
+
+def test_a_prompt_may_be_cut_so_that_the_output_fits(serving: Serving) -> None:
+    ids = list(range(10, 310))
+    for params, kept in (({"max_tokens": 56}, 200), ({}, MAX_MODEL_LEN - 16)):
+        ask(serving, params, token_ids=ids, truncate_prompt_tokens=-1)
+        assert serving.channel.sent[-1].prompt_token_ids == ids[-kept:]
 
 
 @pytest.mark.parametrize("num_top", [None, 0, 2])

@@ -24,7 +24,7 @@ def metrics() -> Metrics:
 
 
 def _choice(tokenizer: Tokenizer, metrics: Metrics, sampling: SamplingParams) -> Choice:
-    return Choice(3, Detokenizer(tokenizer, sampling), metrics.start_request(5, sampling, 1))
+    return Choice(3, Detokenizer(tokenizer, sampling), metrics.start_request(5, sampling))
 
 
 def test_the_first_token_was_there_as_long_ago_as_the_engine_says(tokenizer: Tokenizer, metrics: Metrics) -> None:
@@ -171,7 +171,7 @@ def test_a_text_that_is_complete_ends_the_choice_at_its_token(tokenizer: Tokeniz
         return len(seen) == cut
 
     choice = Choice(
-        0, Detokenizer(tokenizer, SamplingParams()), metrics.start_request(5, SamplingParams(), 1), is_complete
+        0, Detokenizer(tokenizer, SamplingParams()), metrics.start_request(5, SamplingParams()), is_complete
     )
     deltas = [choice.take(TokenOutput("r", ids[:2], num_proposed=0))] if cut > 2 else []
     start = len(seen)

@@ -65,6 +65,14 @@ def test_counters_equal_the_sums_of_usage(serving: Serving) -> None:
         assert serving.gauge(prefix + "time_to_first_token_seconds_count") == 7
 
 
+def test_a_request_of_several_choices_counts_its_prompt_for_each_and_its_n_once(serving: Serving) -> None:
+    answer = serving.complete([5, 6], max_tokens=4, n=3)
+    assert serving.gauge("tandem:prompt_tokens_total") == 3 * answer["usage"]["prompt_tokens"]
+    assert serving.gauge("tandem:generation_tokens_total") == answer["usage"]["completion_tokens"]
+    assert serving.gauge("tandem:request_params_n_count") == 1
+    assert serving.gauge("tandem:request_params_n_sum") == 3
+
+
 def test_speculation_is_counted_as_the_engine_counts_it(serving: Serving) -> None:
     usage = serving.complete([5, 6, 7], max_tokens=8)["usage"]["completion_tokens_details"]
     accepted, rejected = usage["accepted_prediction_tokens"], usage["rejected_prediction_tokens"]
@@ -183,7 +191,7 @@ def test_the_wait_for_a_row_is_the_engines_word(monkeypatch: pytest.MonkeyPatch)
     moments = iter([10.0, 12.0, 15.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(moments))
     metrics = Metrics("tiny", EngineStats)
-    clock = metrics.start_request(3, SamplingParams(), 1)
+    clock = metrics.start_request(3, SamplingParams())
     clock.count_tokens(1, queue_seconds=0.5)
     clock.count_tokens(4, queue_seconds=0.5)
     clock.end("length")
@@ -199,7 +207,7 @@ def test_what_is_told_of_several_steps_counts_from_when_the_first_of_them_was_th
     moments = iter([10.0, 15.0, 21.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(moments))
     metrics = Metrics("tiny", EngineStats)
-    clock = metrics.start_request(3, SamplingParams(), 1)
+    clock = metrics.start_request(3, SamplingParams())
     clock.count_tokens(5, num_steps=4, age=2.0)
     clock.count_tokens(3, num_steps=3, age=4.0)
     clock.end("length")
@@ -211,7 +219,7 @@ def test_what_is_told_of_several_steps_counts_from_when_the_first_of_them_was_th
 
 def test_a_request_that_asks_for_no_token_counts_its_prompt() -> None:
     metrics = Metrics("tiny", EngineStats)
-    clock = metrics.start_request(7, SamplingParams(max_tokens=0), 1)
+    clock = metrics.start_request(7, SamplingParams(max_tokens=0))
     clock.count_tokens(0)
     assert (clock.first_token_seconds, clock.decode_seconds) == (None, None)
     clock.end("length")
@@ -222,7 +230,7 @@ def test_a_request_that_asks_for_no_token_counts_its_prompt() -> None:
 
 def test_an_aborted_request_counts_no_latency() -> None:
     metrics = Metrics("tiny", EngineStats)
-    metrics.start_request(7, SamplingParams(), 1).end("abort")
+    metrics.start_request(7, SamplingParams()).end("abort")
     text = metrics.render().decode()
     assert _lines(text, "vllm:prompt_tokens_total") == ["{} 0.0"]
     assert _lines(text, "vllm:request_queue_time_seconds_count") == ["{} 0.0"]

@@ -131,6 +131,26 @@ def test_scores_are_those_of_the_tokens_of_the_text(scripted: ScriptedServing) -
     assert all(len(entry["top_logprobs"]) == 1 for part in parts for entry in part["logprobs"])
 
 
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        ("Look.</think>A <tool_call> is markup.", ["A <tool_call> is markup.<|im_end|>"]),
+        (f"Look.</think>A <tool_call> is{CALL}Bye", ["A <tool_call> is", "Bye<|im_end|>"]),
+        (f"Look.</think>A{CALL.removeprefix('<tool_call>')}B{CALL}C", ["A", "B", "C<|im_end|>"]),
+        (f"Look. <tool_call> is{CALL}Bye", ["Bye<|im_end|>"]),
+    ],
+)
+def test_scores_are_those_of_their_own_text_whatever_looks_like_a_call(
+    scripted: ScriptedServing, text: str, contents: list[str]
+) -> None:
+    scripted.say(text)
+    body = {"input": "hi", "tools": [WEATHER], "reasoning": {"effort": "low"}, "top_logprobs": 0}
+    output = scripted.http.post(PATH, json=body).json()["output"]
+    parts = [item["content"][0] for item in output if item["type"] == "message"]
+    assert [part["text"] for part in parts] == [content.removesuffix("<|im_end|>") for content in contents]
+    assert ["".join(entry["token"] for entry in part["logprobs"]) for part in parts] == contents
+
+
 def make_answer(
     serving: Serving, prompt: list[int], running: dict[str, ResponseAnswer], max_tokens: int | None = None
 ) -> tuple[ResponseAnswer, ResponseStore]:

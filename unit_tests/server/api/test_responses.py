@@ -1,10 +1,12 @@
 """POST /v1/responses and what becomes of responses: through the official client, and what it would never send."""
 
+import threading
 from typing import Any
 
 import openai
 import pytest
 
+from server.api import responses
 from server.messages import Constraint
 from unit_tests.server.api.conftest import ARGUMENTS, CALL, ScriptedServing, Serving
 from unit_tests.server.api.test_requests import check_error
@@ -233,6 +235,28 @@ def test_a_wrong_value_is_named_with_its_limit(
     body = {"input": "hi", field: value, "stream": stream}
     check_error(serving.http.post(PATH, json=body), 400, field, message)
     assert serving.channel.sent == []
+
+
+def test_a_conversation_that_was_stored_is_read_off_the_event_loop(
+    scripted: ScriptedServing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def spy_on(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def record(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, record)
+
+    first = ask(scripted, input="x" * 1000)
+    spy_on(scripted.tokenizer, "apply_chat_template")
+    spy_on(responses, "list_items")
+    ask(scripted, previous_response_id=first["id"])
+    assert scripted.http.get(f"{PATH}/{first['id']}/input_items").json()["data"][0]["role"] == "user"
+    assert len(threads) == 2 and all(name.startswith("reader") for name in threads)
 
 
 def test_unknown_fields_are_ignored_and_null_is_the_default(serving: Serving) -> None:

@@ -12,13 +12,14 @@ LONG = b" " * 5000
 
 
 @pytest.mark.parametrize(
-    ("body", "trusts", "is_apart"), [(b"x", False, False), (b"x", True, True), (LONG, False, True)]
+    ("body", "adds_more", "trusts", "is_apart"),
+    [(b"x", False, False, False), (b"x", True, False, True), (b"x", False, True, True), (LONG, False, False, True)],
 )
-def test_long_bodies_are_read_off_the_event_loop_and_all_where_a_template_may_take_any_time(
-    body: bytes, trusts: bool, is_apart: bool, make_serving
+def test_long_bodies_are_read_off_the_event_loop_and_all_where_that_may_take_any_time(
+    body: bytes, adds_more: bool, trusts: bool, is_apart: bool, make_serving
 ) -> None:
     services = make_serving(config=ServerConfig(trust_request_chat_template=trusts)).services
-    thread, seen = asyncio.run(services.read(lambda body: (threading.current_thread(), body), body))
+    thread, seen = asyncio.run(services.read(lambda body: (threading.current_thread(), body), body, adds_more))
     assert (thread is not threading.main_thread()) == is_apart
     assert seen == body
 

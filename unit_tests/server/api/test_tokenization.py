@@ -8,7 +8,7 @@ import pytest
 
 from unit_tests.server.api.conftest import ScriptedServing, Serving
 from unit_tests.server.api.test_requests import check_error
-from unit_tests.server.fake_engine import VOCAB_SIZE
+from unit_tests.server.fake_engine import MAX_MODEL_LEN, VOCAB_SIZE
 
 TEXT = "the fox naïve 中文😀 <|im_end|>"
 
@@ -55,12 +55,23 @@ def test_prompts_may_be_longer_than_the_context(serving: Serving) -> None:
     assert serving.http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(5, 5), (-1, MAX_MODEL_LEN - 1)])
+def test_prompts_are_cut_as_they_would_be_to_go_on(serving: Serving, asked: int, kept: int) -> None:
+    text = "the fox " * 500
+    for body in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+        whole = serving.http.post("/tokenize", json=body).json()["tokens"]
+        for side, expected in (("left", whole[-kept:]), ("right", whole[:kept])):
+            cut = {**body, "truncate_prompt_tokens": asked, "truncation_side": side}
+            assert serving.http.post("/tokenize", json=cut).json()["tokens"] == expected
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
         ("/tokenize", {}, "prompt", "prompt is null, it must be a string"),
         ("/tokenize", {"prompt": ["a"]}, "prompt", 'prompt is ["a"], it must be a string'),
         ("/tokenize", {"messages": []}, "messages", "messages is []"),
+        ("/tokenize", {"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "1..256"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", "true or false"),
         ("/detokenize", {}, "tokens", "tokens is null, it must be a list of token ids"),
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens", f"0..{VOCAB_SIZE - 1}"),

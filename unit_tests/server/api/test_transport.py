@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import selectors
 from typing import Any
 
 import pytest
@@ -207,6 +208,27 @@ def test_a_body_in_pieces_is_one_body() -> None:
     assert reader.num_held == 0
 
 
+class Chunk(bytes):
+    """A part of a body whose end is seen."""
+
+    num_alive = 0
+
+    def __init__(self, _: bytes):
+        Chunk.num_alive += 1
+
+    def __del__(self) -> None:
+        Chunk.num_alive -= 1
+
+
+def test_a_body_is_not_held_in_pieces_too() -> None:
+    async def hold_on() -> tuple[bytes, int, int]:
+        reader = BodyReader(DEADLINE_SECONDS)
+        async with reader.hold(body_of(Chunk(b"{"), Chunk(b"}")), "") as body:
+            return body, Chunk.num_alive, reader.num_held
+
+    assert asyncio.run(hold_on()) == (b"{}", 0, 2)
+
+
 def test_a_body_that_never_ends_is_refused_in_time() -> None:
     reader = BodyReader(0.01)
     with pytest.raises(RequestTimeout, match=r"did not arrive within 0\.01 seconds \(--client-timeout\)"):
@@ -269,11 +291,12 @@ def test_another_content_type_is_named(content_type: str) -> None:
 
 
 class Stream:
-    """An event stream by hand: events are let go one by one, `sent` is what the client got."""
+    """An event stream by hand: events are let go one by one, `sent` is what the client got, bodies at `sent_at`."""
 
     def __init__(self, interval: float):
         self.events: asyncio.Queue[bytes | Exception] = asyncio.Queue()
         self.sent: list[Any] = []
+        self.sent_at: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self._response = EventStream(self._take(), interval)
@@ -291,6 +314,7 @@ class Stream:
     async def _send(self, message: Any) -> None:
         await self.gate.wait()
         self.sent.append(message)
+        self.sent_at += [asyncio.get_running_loop().time()] * ("body" in message)
 
     def bodies(self) -> list[bytes]:
         """What was sent behind the head."""
@@ -311,6 +335,46 @@ def test_a_silent_stream_begins_and_goes_on_with_comments() -> None:
     assert [message["type"] for message in stream.sent].count("http.response.start") == 1
     assert stream.sent[0]["status"] == 200
     assert stream.bodies()[-2:] == [b"data: 1\n\n", b"data: [DONE]\n\n"]
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Never waits: `seconds` counts what others would have waited."""
+
+    seconds = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        """What is ready now."""
+        self.seconds += timeout or 0.0
+        return super().select(0)
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes as soon as there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._jumping = JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        """Seconds since it was made."""
+        return self._jumping.seconds
+
+
+def test_a_comment_comes_an_interval_after_the_last_event() -> None:
+    async def talk() -> Stream:
+        stream = Stream(interval=10)
+        task = asyncio.create_task(stream.run())
+        for pause in (1, 3, 23):
+            await asyncio.sleep(pause)
+            stream.events.put_nowait(b"data: 1\n\n")
+        stream.events.put_nowait(b"")
+        await task
+        return stream
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        stream = runner.run(talk())
+    assert stream.sent_at == pytest.approx([1, 4, 14, 24, 27, 27])
+    assert stream.bodies()[2:4] == [b": keep-alive\n\n"] * 2
 
 
 def test_a_stream_that_talks_needs_no_comments() -> None:

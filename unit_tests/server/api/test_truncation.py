@@ -9,11 +9,11 @@ from server.api.fields import Fields, known_fields
 from server.api.truncation import TRUNCATION_FIELDS, Truncation, read_truncation
 from server.errors import InvalidRequest
 
-KNOWN = known_fields(*TRUNCATION_FIELDS, "max_tokens", "max_completion_tokens")
+KNOWN = known_fields(*TRUNCATION_FIELDS)
 
 
-def _read(**fields: Any) -> Truncation | None:
-    return read_truncation(Fields(KNOWN, msgspec.json.encode(fields)), 100)
+def _read(num_output: int = 1, **fields: Any) -> Truncation | None:
+    return read_truncation(Fields(KNOWN, msgspec.json.encode(fields)), 100, num_output)
 
 
 def test_the_last_tokens_stay_unless_the_first_ones_are_wanted() -> None:
@@ -25,28 +25,18 @@ def test_the_last_tokens_stay_unless_the_first_ones_are_wanted() -> None:
     assert _read(truncation_side="right") is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "max_len"),
-    [
-        ({}, 99),
-        ({"max_tokens": 30}, 70),
-        ({"max_tokens": 30, "max_completion_tokens": 40}, 60),
-        ({"max_tokens": 0}, 99),
-        ({"max_tokens": 100}, 1),
-    ],
-)
-def test_minus_one_leaves_room_for_the_output(fields: dict[str, int], max_len: int) -> None:
-    assert _read(truncate_prompt_tokens=-1, **fields) == Truncation(max_len, keeps_start=False)
+@pytest.mark.parametrize(("num_output", "max_len"), [(0, 100), (1, 99), (30, 70), (100, 1)])
+def test_minus_one_leaves_room_for_the_output(num_output: int, max_len: int) -> None:
+    assert _read(num_output, truncate_prompt_tokens=-1) == Truncation(max_len, keeps_start=False)
 
 
 def test_there_is_always_room_for_one_token() -> None:
     assert _read(truncate_prompt_tokens=100) == Truncation(99, keeps_start=False)
 
 
-@pytest.mark.parametrize(("asked", "max_len"), [(100, 100), (-1, 100), (99, 99)])
-def test_without_output_no_room_is_left(asked: int, max_len: int) -> None:
-    fields = Fields(KNOWN, msgspec.json.encode({"truncate_prompt_tokens": asked, "max_tokens": 0}))
-    assert read_truncation(fields, 100, least_output=0) == Truncation(max_len, keeps_start=False)
+@pytest.mark.parametrize("asked", [100, 99])
+def test_without_output_no_room_is_left(asked: int) -> None:
+    assert _read(0, truncate_prompt_tokens=asked) == Truncation(asked, keeps_start=False)
 
 
 @pytest.mark.parametrize(
