@@ -26,6 +26,10 @@ class InvalidRequest(TandemError):
     type = "BadRequestError"
 
 
+class GrammarUnavailable(InvalidRequest):
+    """The time, the memory or the tokenizer for a grammar is at fault, not its text: another time it may be served."""
+
+
 class Unauthorized(TandemError):
     """The request brings none of the keys of `--api-key`."""
 

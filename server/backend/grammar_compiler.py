@@ -9,7 +9,7 @@ from typing import Protocol, Self
 from server.backend.guidance import NOTHING_FOLLOWS, Guidance
 from server.backend.token_masks import TokenMasks
 from server.backend.xgrammar_process import XgrammarProcess
-from server.errors import CheckpointError, InvalidRequest
+from server.errors import CheckpointError, GrammarUnavailable, InvalidRequest
 from server.messages import Constraint
 from server.tokenizer import Tokenizer
 
@@ -22,6 +22,7 @@ class Matcher(Protocol):
     """Where an output stands in its grammar: see GuidanceMatcher."""
 
     def copy(self) -> Self: ...
+    def renew(self) -> Self: ...
     def fill(self, masks: TokenMasks, row: int) -> None: ...
     def accept(self, token_id: int) -> bool: ...
     def rollback(self, count: int) -> None: ...
@@ -41,7 +42,7 @@ class GrammarCompiler:
     def compile(self, constraint: Constraint) -> "Future[Matcher]":
         """A matcher to copy, at the start of an output; InvalidRequest for what cannot be served."""
         key = constraint.kind, constraint.text
-        if key not in self._known:
+        if key not in self._known or self._is_spent(self._known[key]):
             self._known[key] = self._pool.submit(self._compile, *key)
             self._forget()
         self._known.move_to_end(key)
@@ -60,12 +61,26 @@ class GrammarCompiler:
         try:
             matcher = self._start(kind, text)
         except CheckpointError as error:
-            raise InvalidRequest(f"this checkpoint's tokenizer cannot be read: {error.message}") from error
+            raise GrammarUnavailable(f"this checkpoint's tokenizer cannot be read: {error.message}") from error
+        if why := self._refuse_start(matcher):
+            raise InvalidRequest(f"no text can begin with it: {why}")
+        return matcher
+
+    def _refuse_start(self, matcher: Matcher) -> str:
+        """Why nothing can be the first token; empty if something can."""
         masks, first = TokenMasks(1, self._vocab_size, "cpu"), matcher.copy()
         first.fill(masks, 0)
-        if first.error() or not masks.array.any():
-            raise InvalidRequest(f"no text can begin with it: {first.error() or NOTHING_FOLLOWS}")
-        return matcher
+        return first.error() or ("" if masks.array.any() else NOTHING_FOLLOWS)
+
+    def _is_spent(self, future: "Future[Matcher]") -> bool:
+        """What came of it says nothing of the text any more: something else failed, or an output has since come to the
+        limits of what its copies share."""
+        if not future.done():
+            return False
+        error = future.exception()
+        if error is not None:
+            return isinstance(error, GrammarUnavailable) or not isinstance(error, InvalidRequest)
+        return bool(self._refuse_start(future.result()))
 
     def _start(self, kind: str, text: str) -> Matcher:
         if kind in _XGRAMMAR_KINDS:

@@ -1,17 +1,20 @@
 """Where requests wait for their grammar to be compiled, before the scheduler hears of them."""
 
 import concurrent.futures
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 
 from server.backend.grammar_compiler import GrammarCompiler, Matcher
 from server.backend.output_matcher import OutputMatcher
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, TandemError
 from server.messages import Failed
 from server.request import Request
 
 # How long an engine that has nothing else to do waits at a time: new requests wait for it, too.
 _WAIT_SECONDS = 0.01
+
+log = logging.getLogger("tandem.engine")
 
 
 class GrammarQueue:
@@ -56,20 +59,26 @@ class GrammarQueue:
         """The requests that can go on, those whose deadline is over among them, and those that cannot be served."""
         ready, failed = [], []
         for request, future in list(self._waiting.values()):
-            if future is not None and not future.done() and request.deadline >= now:
-                continue
+            if future is not None and not future.done():
+                if request.deadline >= now:
+                    continue
+                future = None
             del self._waiting[request.id]
-            try:
-                grammar = future.result().copy() if future is not None and future.done() else None
-            except InvalidRequest as error:
+            error = None if future is None else future.exception()
+            if error is not None:
                 failed.append(self._refusal(request, error))
                 continue
+            grammar = None if future is None else future.result().copy()
             request.matcher = OutputMatcher(request.sampling, grammar, self._eos_ids, self._vocab_size)
             ready.append(request)
         return ready, failed
 
-    def _refusal(self, request: Request, error: InvalidRequest) -> Failed:
+    def _refusal(self, request: Request, error: BaseException) -> Failed:
         constraint = request.sampling.constraint
         assert constraint is not None
+        if not isinstance(error, InvalidRequest):
+            log.error("compiling a %s failed", constraint.kind, exc_info=error)
+            message = f"compiling {constraint.field} failed: {error!r}; the server's log says where"
+            return Failed(request.id, TandemError.__name__, message, constraint.field)
         message = f"{constraint.field} is no {constraint.kind} that can be served: {error.message}"
         return Failed(request.id, InvalidRequest.__name__, message, constraint.field)

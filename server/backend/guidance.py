@@ -25,14 +25,19 @@ NOTHING_FOLLOWS = "nothing may follow"
 
 
 class GuidanceMatcher:
-    """Where an output stands in its grammar."""
+    """Where an output stands in its grammar; `make` gives a new one of the library's. Copies share their lexer: where
+    one of them has come to its limits, no other can go on either."""
 
-    def __init__(self, matcher: LLMatcher):
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, make: Callable[[], LLMatcher]):
+        self._matcher, self._make = matcher, make
 
     def copy(self) -> "GuidanceMatcher":
         """Another one in the same place."""
-        return GuidanceMatcher(self._matcher.deep_copy())
+        return GuidanceMatcher(self._matcher.deep_copy(), self._make)
+
+    def renew(self) -> "GuidanceMatcher":
+        """One at the start that shares nothing with this one."""
+        return GuidanceMatcher(self._make(), self._make)
 
     def fill(self, masks: TokenMasks, row: int) -> None:
         """Allow in `row` what may come next; ids that end a request where the output may end."""
@@ -72,7 +77,8 @@ class Guidance:
 
     def _start(self, make_grammar: Callable[[Any], str], source: Any) -> GuidanceMatcher:
         try:
-            matcher = GuidanceMatcher(LLMatcher(self._tokenizer, make_grammar(source), log_level=0, limits=_LIMITS))
+            make = functools.partial(LLMatcher, self._tokenizer, make_grammar(source), log_level=0, limits=_LIMITS)
+            matcher = GuidanceMatcher(make(), make)
         except ValueError as error:
             raise InvalidRequest(describe(str(error))) from error
         if matcher.error():

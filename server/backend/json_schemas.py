@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -14,11 +15,18 @@ _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 # Keywords by which other properties may be meant than those an object lists.
 _OPEN = ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+# A value must match what each of these says of it, and what those that come next say, of which each says it of another
+# part of the value.
+_WHOLES = ("patternProperties", "allOf", "anyOf", "oneOf", "$ref")
+_PARTS = ("properties", "additionalProperties", "prefixItems", "items")
+_DEFINITIONS = ("$defs", "definitions")
 # The compiler makes as many states of the multiples of a number, and of several numbers' common ones. A million take it
 # some seconds, in which it cannot be interrupted.
 _MAX_MULTIPLE = 100_000
 # OpenAI's limit. The compiler's time grows with the square: five thousand take a second.
 _MAX_PROPERTIES = 5_000
+# The compiler takes no more.
+_MAX_DEPTH = 127
 
 
 def parse_schema(text: str) -> dict[str, Any]:
@@ -33,6 +41,8 @@ def parse_schema(text: str) -> dict[str, Any]:
         return {}
     if not isinstance(schema, dict):
         raise InvalidRequest(f"it is {text[:60]}, a JSON schema is an object")
+    if _is_deep(schema):
+        raise InvalidRequest(f"it is nested too deeply, the limit is {_MAX_DEPTH}")
     if _common_multiple(schema) > _MAX_MULTIPLE:
         raise InvalidRequest(
             f"the least common multiple of its multipleOf, without decimal points, is over the limit of "
@@ -42,6 +52,18 @@ def parse_schema(text: str) -> dict[str, Any]:
     if num_properties > _MAX_PROPERTIES:
         raise InvalidRequest(f"it has {num_properties} properties, the limit is {_MAX_PROPERTIES}; name fewer")
     return schema
+
+
+def _is_deep(schema: dict[str, Any]) -> bool:
+    """More objects and lists than the limit lie in each other."""
+    level: list[Any] = [schema]
+    for _ in range(_MAX_DEPTH):
+        level = [child for found in level for child in _children(found) if isinstance(child, dict | list)]
+    return bool(level)
+
+
+def _children(found: Any) -> Iterable[Any]:
+    return found.values() if isinstance(found, dict) else found
 
 
 def _count_properties(schema: dict[str, Any]) -> int:
@@ -85,23 +107,53 @@ def _digits(number: Any) -> int:
 def close_objects(schema: Any) -> Any:
     """The same with no other properties than those that an object lists, where the schema does not speak of others.
 
-    JSON Schema allows them, and a model may add some for ever. What matches matches the original, too.
+    JSON Schema allows them, and a model may add some for ever. What matches matches the original, too. Where several
+    schemas speak of one object they stay open, or each would forbid what another lists; all do if one of those is a
+    reference, whose definition others may share.
     """
+    return _rewrite(schema, closes=not _combines_reference(schema))
+
+
+def _rewrite(schema: Any, closes: bool) -> Any:
     if not isinstance(schema, dict):
         return schema
-    closed = _drop_format(schema)
+    rewritten, closes_parts = _drop_format(schema), closes and not _is_combined(schema)
     for keyword in _SCHEMAS:
-        if keyword in closed:
-            closed[keyword] = close_objects(closed[keyword])
+        if keyword in rewritten:
+            rewritten[keyword] = _rewrite(rewritten[keyword], closes_parts)
     for keyword in _SCHEMA_LISTS:
-        if isinstance(closed.get(keyword), list):
-            closed[keyword] = [close_objects(option) for option in closed[keyword]]
+        if isinstance(rewritten.get(keyword), list):
+            rewritten[keyword] = [_rewrite(option, closes_parts) for option in rewritten[keyword]]
     for keyword in _SCHEMA_MAPS:
-        if isinstance(closed.get(keyword), dict):
-            closed[keyword] = {name: close_objects(child) for name, child in closed[keyword].items()}
-    if "properties" in closed and not any(keyword in closed for keyword in _OPEN):
-        closed["additionalProperties"] = False
-    return closed
+        if isinstance(rewritten.get(keyword), dict):
+            may_close = closes if keyword in _DEFINITIONS else closes_parts
+            rewritten[keyword] = {name: _rewrite(child, may_close) for name, child in rewritten[keyword].items()}
+    if closes and "properties" in rewritten and not any(keyword in rewritten for keyword in _OPEN):
+        rewritten["additionalProperties"] = False
+    return rewritten
+
+
+def _is_combined(schema: dict[str, Any]) -> bool:
+    """Several schemas speak of the same value."""
+    branches = schema.get("allOf")
+    num_wholes = sum(keyword in schema for keyword in _WHOLES)
+    has_parts = any(keyword in schema for keyword in _PARTS)
+    return num_wholes + has_parts > 1 or (isinstance(branches, list) and len(branches) > 1)
+
+
+def _combines_reference(schema: Any) -> bool:
+    """A reference is one of several schemas that speak of a value, or lies in one of these."""
+    rest = [(schema, False)]
+    while rest:
+        found, is_combined = rest.pop()
+        if isinstance(found, dict):
+            is_combined = is_combined or _is_combined(found)
+            if is_combined and "$ref" in found:
+                return True
+            rest += [(child, is_combined and keyword not in _DEFINITIONS) for keyword, child in found.items()]
+        elif isinstance(found, list):
+            rest += [(child, is_combined) for child in found]
+    return False
 
 
 def _drop_format(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One plan of all memory: how many rows, pages and checkpoints there are, and what everything costs in bytes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -248,14 +249,39 @@ def _describe_shortage(
     return f"{seen}, and no --max-model-len is small enough: use a machine with more memory"
 
 
-def free_memory(device: str) -> int:
-    """Bytes that can be had now, on the GPU or on the machine."""
+def free_memory(device: str, root: Path = Path("/")) -> int:
+    """Bytes that can be had now, on the GPU or on the machine, of which a container may limit its share."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return max(0, min([int(line.split()[1]) * 1024, *_rooms(root)]))
     raise ConfigError("/proc/meminfo has no MemAvailable: cannot tell how much memory is free")
+
+
+def _rooms(root: Path) -> Iterator[int]:
+    """What is left to each control group around this process that has a limit. A container may see its own as the
+    hierarchy's root, whatever its path is called outside."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            base, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if directory.is_relative_to(base) and all((directory / name).exists() for name in names[:2]):
+                yield from _room(directory, *names)
+
+
+def _room(group: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+    """The page cache that was not used lately counts as left: the kernel gives it back."""
+    limit, stat = (group / limit_name).read_text().strip(), group / "memory.stat"
+    if limit != "max":
+        caches = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+        yield int(limit) - int((group / usage_name).read_text()) + int(caches.get(cache_name, 0))
 
 
 def memory_parts(plan: MemoryPlan) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The masks of one pass: for the target's rows, and for the drafts that follow, step by step.
 
 The host walks each matcher over the drafts of a verify step, as far as they may come. Behind a draft that may not come
-nothing matters, because the target cannot give it.
+nothing matters, because the target cannot give it; behind one that cannot be followed nothing is emitted.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,11 +47,12 @@ def mask_rows(batch: Batch, window: Sequence[int], vocab_size: int, device: str)
     """For all rows of a verify, which runs on window [N], else for one row per request."""
     widths = [work.num_tokens if batch.is_verify else 1 for work in batch.works]
     masks = TokenMasks(sum(widths), vocab_size, device)
-    for work, width, end in zip(batch.works, widths, accumulate(widths), strict=True):
+    masks.counts = counts = list(widths)
+    for index, (work, width, end) in enumerate(zip(batch.works, widths, accumulate(widths), strict=True)):
         matcher = work.request.matcher
         if matcher is not None and work.ends_prompt:
             drafts = window[end - width + 1 : end] if batch.is_verify else ()
-            matcher.fill_ahead(masks, end - width, work.request.output_ids, drafts)
+            counts[index] = matcher.fill_ahead(masks, end - width, work.request.output_ids, drafts)
     return masks
 
 

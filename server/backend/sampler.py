@@ -59,7 +59,7 @@ class Sampler:
             return Sampled(nothing[:, None], nothing, nothing, nothing[:0], logits, nothing == 0, widths)
         masked = logits if masks is None else masks.apply(logits)
         if batch.is_verify:
-            return self._sample_windows(logits, masked, forward, batch)
+            return self._sample_windows(logits, masked, forward, batch, None if masks is None else masks.counts)
         positions = forward.positions[last_indices(forward)] + 1
         if self.table.rules is None or batch.wants_processed:
             token_ids, ruled = self._draw_by_law(masked, batch.works, positions)
@@ -69,7 +69,9 @@ class Sampler:
         is_finite = _is_finite(logits)
         return Sampled(token_ids[:, None], ends, ends, token_ids, logits, is_finite, [1] * len(ends), ruled)
 
-    def _sample_windows(self, logits: Tensor, masked: Tensor, forward: ForwardBatch, batch: Batch) -> Sampled:
+    def _sample_windows(
+        self, logits: Tensor, masked: Tensor, forward: ForwardBatch, batch: Batch, counts: Sequence[int] | None
+    ) -> Sampled:
         view, widths, window = forward.view, forward.query_lens, forward.token_ids
         assert view is not None
         rows = view.row_ids if max(widths) == 1 else None
@@ -81,6 +83,9 @@ class Sampler:
         ids, match_lens, accept_lens = accept(
             next_ids, window, widths, *self.table.read_ends(view.row_ids, view.start_lens)
         )
+        if counts is not None:
+            most = to_device(counts, logits.device)
+            match_lens, accept_lens = match_lens.minimum(most), accept_lens.minimum(most)
         is_finite = torch.stack([part.all() for part in is_finite.split(list(widths))])
         return Sampled(ids, accept_lens, match_lens, next_ids, logits, is_finite, widths, ruled)
 

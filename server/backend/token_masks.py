@@ -15,12 +15,14 @@ _BITS = 32
 
 
 class TokenMasks:
-    """packed [N, W] int32 on the host, and `array`, the same memory for numpy. Everything is allowed at first."""
+    """packed [N, W] int32 on the host, and `array`, the same memory for numpy. Everything is allowed at first. From
+    counts[i] of its rows of a verify request i may emit tokens; None: from all."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device | str):
         is_cuda = torch.device(device).type == "cuda"
         self.packed = torch.full((num_rows, num_words(vocab_size)), -1, dtype=torch.int32, pin_memory=is_cuda)
         self.array = self.packed.numpy()
+        self.counts: list[int] | None = None
         self._device = device
 
     @staticmethod

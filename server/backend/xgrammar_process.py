@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from server.backend.token_masks import TokenMasks
-from server.errors import CheckpointError, InvalidRequest
+from server.errors import CheckpointError, GrammarUnavailable, InvalidRequest
 from server.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 10
@@ -45,6 +45,12 @@ class XgrammarMatcher:
     def copy(self) -> "XgrammarMatcher":
         """Another one in the same place."""
         return XgrammarMatcher(self._matcher.fork())
+
+    def renew(self) -> "XgrammarMatcher":
+        """One at the start."""
+        matcher = self._matcher.fork()
+        matcher.reset()
+        return XgrammarMatcher(matcher)
 
     def fill(self, masks: TokenMasks, row: int) -> None:
         """Allow in `row` what may come next; ids that end a request where the output may end."""
@@ -75,7 +81,8 @@ class XgrammarProcess:
         self._tokenizer_info: Any = None
 
     def compile(self, kind: str, text: str) -> XgrammarMatcher:
-        """At the start of an output. Raises InvalidRequest. The time to start counts for no grammar."""
+        """At the start of an output. Raises InvalidRequest, GrammarUnavailable where time or memory is over. The time
+        to start counts for no grammar."""
         if self._process is not None and self._process.poll() is not None:
             self._connection = None  # it has ended since the last grammar
         if self._connection is None:
@@ -83,15 +90,15 @@ class XgrammarProcess:
         assert self._connection is not None and self._process is not None
         try:
             self._connection.send((kind, text))
-            compiled, error = self._connection.recv()
+            compiled, error, is_slow = self._connection.recv()
         except (EOFError, OSError):
             self._connection.close()
             self._connection = None
             is_slow = self._process.wait() == -signal.SIGALRM
             limit = f"{self._seconds} seconds" if is_slow else "the memory of a process"
-            raise InvalidRequest(f"compiling it takes more than {limit}; make it simpler") from None
+            raise GrammarUnavailable(f"compiling it takes more than {limit}; make it simpler") from None
         if error:
-            raise InvalidRequest(error)
+            raise (GrammarUnavailable if is_slow else InvalidRequest)(error)
         import xgrammar
 
         grammar = xgrammar.CompiledGrammar.deserialize_json(compiled, self._tokenizer_info)
@@ -116,7 +123,7 @@ class XgrammarProcess:
             self._tokenizer_info = xgrammar.TokenizerInfo.deserialize_json(self._connection.recv())
         except EOFError:
             self._connection = None
-            raise InvalidRequest("its compiler cannot read this checkpoint's tokenizer") from None
+            raise GrammarUnavailable("its compiler cannot read this checkpoint's tokenizer") from None
 
 
 def serve(connection: Connection, seconds: int, directory: str, vocab_size: int, stop_ids: list[int]) -> None:
@@ -136,9 +143,9 @@ def serve(connection: Connection, seconds: int, directory: str, vocab_size: int,
         try:
             grammar = _compile(compiler, kind, text)
             _try_out(xgrammar.GrammarMatcher(grammar), vocabulary, stop_ids)
-            answer = grammar.serialize_json(), ""
-        except (RuntimeError, ValueError, RecursionError) as error:
-            answer = "", _describe(error)
+            answer = grammar.serialize_json(), "", False
+        except (RuntimeError, ValueError, RecursionError, TimeoutError) as error:
+            answer = "", _describe(error), isinstance(error, TimeoutError)
         signal.alarm(0)
         connection.send(answer)
 
@@ -159,7 +166,7 @@ def _try_out(matcher: Any, vocabulary: Sequence[bytes], stop_ids: Sequence[int])
         is_allowed = np.unpackbits(masks.array[0].view(np.uint8), bitorder="little")[: len(vocabulary)]
         longest = int((lengths * is_allowed).argmax())
         if time.perf_counter() - start > _TRIAL_SECONDS:
-            raise ValueError("it takes too long to follow")
+            raise TimeoutError("it takes too long to follow")
         if not lengths[longest] or not matcher.accept_token(longest):
             return
 

@@ -223,6 +223,24 @@ def test_a_grammar_that_cannot_go_on_ends_its_request(checkpoint: Path) -> None:
     assert sum(len(one.token_ids) for one in outputs if one.request_id == "free") == 20
 
 
+@pytest.mark.parametrize("mtp_step", [0, 1, 3])
+@pytest.mark.parametrize(("bias", "text"), [(59.5, "a" * 10 + "c"), (51.0, "a" * 11)])
+def test_guesses_that_a_grammar_cannot_be_followed_through_change_nothing(
+    checkpoint: Path, mtp_step: int, bias: float, text: str
+) -> None:
+    """The penalty leads the target from one letter to the other, the drafts guess the first one a few times too often;
+    more than eleven of it cannot be followed."""
+    dear = Constraint("regex", "((((a{1,100}){1,100}){1,100}){1,100}){1,100}c")
+    biases = {ord("a"): 80.0, ord("c"): bias}
+    params = SamplingParams(temperature=0, logit_bias=biases, frequency_penalty=2.0, constraint=dear)
+    engine = make_engine(checkpoint, mtp_step=mtp_step, speculation="fixed")
+    engine.add(Generate("dear", PROMPTS[0], params))
+    outputs = finish(engine)
+    tokens = [token for one in outputs if not isinstance(one, Failed) for token in one.token_ids]
+    assert text_of(tokens) == text and isinstance(outputs[-1], Failed) != text.endswith("c")
+    assert engine.scheduler.counters.num_accepted >= 5 or mtp_step == 0
+
+
 @pytest.mark.parametrize("mtp_step", [0, 1, 2, 3])
 def test_all_of_many_outputs_at_concurrency_32_parse(checkpoint: Path, mtp_step: int) -> None:
     prompts = make_prompts(96, 60, 256, seed=11)

@@ -7,9 +7,9 @@ import pytest
 
 from server.backend import grammar_compiler
 from server.backend.grammar_compiler import GrammarCompiler
-from server.errors import InvalidRequest
+from server.errors import CheckpointError, GrammarUnavailable, InvalidRequest
 from server.messages import Constraint
-from unit_tests.server.backend.walks import STOP_IDS, VOCAB_SIZE, matches, tokenizer_in
+from unit_tests.server.backend.walks import STOP_IDS, VOCAB_SIZE, allowed_ids, matches, tokenizer_in
 
 LETTER = Constraint("regex", "[ab]")
 
@@ -70,6 +70,33 @@ def test_mistakes_come_with_the_result_and_are_remembered(
     with pytest.raises(InvalidRequest, match=message):
         compiler.compile(constraint).result()
     assert compiler.compile(constraint).done()
+
+
+@pytest.mark.parametrize(
+    "error", [GrammarUnavailable("over 10 seconds"), CheckpointError("no file"), RuntimeError("?")]
+)
+def test_failures_of_the_machine_are_forgotten(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(kind: str, text: str) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_start", fail)
+        assert compiler.compile(LETTER).exception() is not None
+    assert matches(compiler.compile(LETTER).result(), "a")
+
+
+def test_a_grammar_whose_copies_have_come_to_a_limit_is_compiled_again(compiler: GrammarCompiler) -> None:
+    dear = Constraint("regex", "((((a{1,100}){1,100}){1,100}){1,100}){1,100}")
+    first = compiler.compile(dear)
+    spoilt = first.result().copy()
+    assert compiler.compile(dear) is first
+    while not spoilt.error():
+        allowed_ids(spoilt)
+        spoilt.accept(ord("a"))
+    again = compiler.compile(dear)
+    assert again is not first and allowed_ids(again.result().copy()) == [ord("a")]
 
 
 def test_a_checkpoint_without_tokenizer_or_end_serves_no_constraint(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ class FakeMatcher:
     def fill(self, masks: Any, row: int) -> None:
         """Leave the row as it is."""
 
+    def error(self) -> str:
+        """Nothing ever fails."""
+        return ""
+
 
 class FakeCompiler:
     """Keeps what it has promised."""
@@ -74,6 +78,19 @@ def test_what_cannot_be_compiled_fails_with_the_field_that_asked(queue: GrammarQ
     message = "guided_regex is no regex that can be served: unclosed group"
     assert ready == [] and failed == [Failed("bad", "InvalidRequest", message, "guided_regex")]
     assert len(queue) == 0
+
+
+def test_what_nobody_foresaw_of_a_grammar_fails_its_request_alone(
+    queue: GrammarQueue, compiler: FakeCompiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make_request("good")
+    for request in (make_request("bad"), good):
+        queue.add(request)
+    compiler.promises[0].set_exception(RecursionError("too deep"))
+    compiler.promises[1].set_result(FakeMatcher())
+    ready, (failed,) = queue.take(0.0)
+    assert ready == [good] and (failed.request_id, failed.error, failed.param) == ("bad", "TandemError", "guided_regex")
+    assert "too deep" in failed.message and "compiling a regex failed" in caplog.text
 
 
 def test_an_aborted_request_and_one_that_is_late_wait_no_longer(queue: GrammarQueue) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,35 @@ def test_objects_are_closed_and_written_as_python_writes_them(guidance: Guidance
     assert matches(start, json.dumps({"a": 1, "b": "x"})) and matches(start, '{"b": ""}')
     for text in ('{"a":1, "b": "x"}', '{"b": "x", "c": 1}', '{"b": "x" }', '{"a": 1}', '{"b": "x", "a": 1}', ""):
         assert not matches(start, text), text
+
+
+BASE = {"$defs": {"Base": {"type": "object", "properties": {"id": INTEGER}}}}
+NAMED = {"properties": {"name": STRING}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (
+            {"type": "object", "allOf": [{"properties": {"a": INTEGER}}, {"properties": {"b": INTEGER}}]},
+            '{"a": 1, "b": 2}',
+        ),
+        ({**BASE, "allOf": [{"$ref": "#/$defs/Base"}, NAMED]}, '{"id": 1, "name": "x"}'),
+        ({**BASE, **NAMED, "$ref": "#/$defs/Base"}, '{"id": 1, "name": "x"}'),
+        (
+            {"type": "object", **NAMED, "anyOf": [{"properties": {"x": INTEGER}, "required": ["x"]}]},
+            '{"name": "k", "x": 1}',
+        ),
+    ],
+)
+def test_what_several_schemas_list_of_one_object_may_all_come(
+    guidance: Guidance, schema: dict[str, Any], text: str
+) -> None:
+    keys = set(json.loads(text))
+    start = guidance.compile("json_schema", json.dumps(schema))
+    assert any(
+        matches(start, json.dumps({key: json.loads(text)[key] for key in order})) for order in permutations(keys)
+    )
 
 
 def test_json_object_is_any_object(guidance: Guidance) -> None:
@@ -129,7 +159,8 @@ def test_a_long_text_without_a_choice_is_not_tokenised_whole_at_every_token(
         ("json_schema", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
         ("json_schema", '{"minimum": 2, "maximum": 1, "type": "integer"}', "greater than maximum"),
         ("json_schema", '{"enum": []}', "empty"),
-        ("json_schema", '{"type": "array", "items": ' * 500 + "{}" + "}" * 500, "recursion"),
+        ("json_schema", '{"type": "array", "items": ' * 500 + "{}" + "}" * 500, "too deeply"),
+        ("json_schema", '{"type": "array", "items": ' * 126 + "{}" + "}" * 126, "recursion"),
         ("json_schema", '{"const": "\\ud800"}', "not JSON serializable"),
     ],
 )
@@ -152,6 +183,18 @@ def test_expensive_patterns_are_served_or_end_in_an_error(guidance: Guidance, pa
         allowed_ids(matcher)
         matcher.accept(ord("a"))
     assert error in matcher.error() and bool(matcher.error()) == bool(error)
+
+
+def test_one_that_is_renewed_knows_nothing_of_the_limits_that_copies_have_come_to(guidance: Guidance) -> None:
+    start = guidance.compile("regex", "((((a{1,100}){1,100}){1,100}){1,100}){1,100}")
+    spoilt = start.copy()
+    while not spoilt.error():
+        allowed_ids(spoilt)
+        spoilt.accept(ord("a"))
+    other, renewed = start.copy(), spoilt.renew()
+    allowed_ids(other)
+    assert "too many expressions" in other.error()
+    assert allowed_ids(renewed) == [ord("a")] and renewed.accept(ord("a")) and not renewed.error()
 
 
 def test_messages_are_short() -> None:

@@ -39,6 +39,38 @@ INTEGER = {"type": "integer"}
                 "items": {"anyOf": [{"properties": {}, "additionalProperties": False}, True]},
             },
         ),
+        # Several schemas that speak of one object.
+        (
+            {"allOf": [{"properties": {"a": INTEGER}}, {"items": {"properties": {}}, "format": "shoe-size"}]},
+            {"allOf": [{"properties": {"a": INTEGER}}, {"items": {"properties": {}}}]},
+        ),
+        (
+            {"properties": {"a": {"properties": {}}}, "anyOf": [{"properties": {"b": INTEGER}}]},
+            {"properties": {"a": {"properties": {}}}, "anyOf": [{"properties": {"b": INTEGER}}]},
+        ),
+        (
+            {"allOf": [{"$ref": "#/$defs/x"}], "title": "an only one", "$defs": {"x": {"properties": {}}}},
+            {
+                "allOf": [{"$ref": "#/$defs/x"}],
+                "title": "an only one",
+                "$defs": {"x": {"properties": {}, "additionalProperties": False}},
+            },
+        ),
+        (
+            {"$defs": {"x": {"properties": {}}}, "items": {"$ref": "#/$defs/x", "properties": {"b": INTEGER}}},
+            {"$defs": {"x": {"properties": {}}}, "items": {"$ref": "#/$defs/x", "properties": {"b": INTEGER}}},
+        ),
+        (
+            {"$defs": {"x": {"properties": {}}}, "allOf": [{"anyOf": [{"$ref": "#/$defs/x"}]}, {"properties": {}}]},
+            {"$defs": {"x": {"properties": {}}}, "allOf": [{"anyOf": [{"$ref": "#/$defs/x"}]}, {"properties": {}}]},
+        ),
+        (
+            {"allOf": [{}, {}], "$defs": {"x": {"properties": {"y": {"$ref": "#/$defs/x"}}}}},
+            {
+                "allOf": [{}, {}],
+                "$defs": {"x": {"properties": {"y": {"$ref": "#/$defs/x"}}, "additionalProperties": False}},
+            },
+        ),
         ({"type": "string", "format": "shoe-size"}, {"type": "string"}),
         ({"type": "string", "format": "date"}, {"type": "string", "format": "date"}),
         ({"properties": {"format": INTEGER}}, {"properties": {"format": INTEGER}, "additionalProperties": False}),
@@ -61,12 +93,28 @@ def test_schemas_are_parsed(text: str, expected: Any) -> None:
         ("5", "is 5, a JSON schema is an object"),
         ("false", "is false"),
         ('{"items":' * 100_000 + "1", "too deeply"),
+        ('{"items":' * 127 + "{}" + "}" * 127, "too deeply, the limit is 127"),
+        ('{"enum": [' + "[" * 126 + "]" * 126 + "]}", "too deeply, the limit is 127"),
         (json.dumps({"items": {"properties": {f"p{i}": {} for i in range(5001)}}}), "has 5001 properties"),
     ],
 )
 def test_what_is_no_schema_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         parse_schema(text)
+
+
+def test_a_schema_that_a_parser_without_a_limit_has_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of Python read what recursion cannot follow."""
+    schema: dict[str, Any] = {}
+    for _ in range(5000):
+        schema = {"items": schema}
+    monkeypatch.setattr(json, "loads", lambda text: schema)
+    with pytest.raises(InvalidRequest, match="too deeply"):
+        parse_schema("")
+
+
+def test_a_schema_as_deep_as_may_be_is_passed_on() -> None:
+    parse_schema('{"items":' * 126 + "{}" + "}" * 126)
 
 
 @pytest.mark.parametrize(

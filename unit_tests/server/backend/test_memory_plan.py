@@ -16,6 +16,7 @@ from server.backend.memory_plan import (
     MemoryPlan,
     Sizes,
     describe_memory,
+    free_memory,
     measure_sizes,
     memory_parts,
     plan_memory,
@@ -392,6 +393,49 @@ def test_a_decode_step_on_a_gpu_costs_memory_per_row_and_lets_no_draft_head_fall
     asked = EngineConfig(mtp_step=2, max_model_len=512, chunked_prefill_size=100)
     assert plan_memory(asked, MODEL, with_step).limits.chunked_prefill_size == 100
     assert "decode step" in describe_memory(plan_memory(config, MODEL, with_step))
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def write_group(root: Path, group: str, limit: str, usage: int, cache: int | None) -> None:
+    """A control group of memory, and what /proc tells of the machine."""
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    names = names if group.startswith(V1) else ("memory.max", "memory.current", "inactive_file")
+    directory = root / group
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / names[0]).write_text(f"{limit}\n")
+    (directory / names[1]).write_text(f"{usage}\n")
+    if cache is not None:
+        (directory / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({}, 10240),
+        ({V2: ("max", 9000, 0)}, 10240),
+        ({V2: ("8000", 3000, 1000)}, 6000),
+        ({V2: ("99999", 3000, 1000)}, 10240),
+        ({V2: ("1000", 3000, 0)}, 0),
+        ({V2: ("8000", 3000, None)}, 5000),
+        ({f"{V2}/a/b": ("max", 0, 0), f"{V2}/a": ("7000", 1000, 500), V2: ("9000", 1000, 0)}, 6500),
+        ({f"{V2}/elsewhere": ("1000", 0, 0)}, 10240),
+        ({V1: ("8000", 3000, 1000)}, 6000),
+        ({f"{V1}/c": ("4000", 1000, 0), V1: (str(2**63 - 4096), 5000, 0)}, 3000),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, groups: dict[str, tuple[str, int, int | None]], expected: int
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 20 kB\nMemAvailable:      10 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/c\n4:memory:/c\n0::/a/b\n")
+    for group, values in groups.items():
+        write_group(tmp_path, group, *values)
+    assert free_memory("cpu", tmp_path) == expected
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert free_memory("cpu", tmp_path) == 10240
 
 
 def test_the_parts_are_the_whole_plan_and_what_is_free() -> None:

@@ -19,6 +19,8 @@ EOS_IDS = (IM_END, ENDOFTEXT)
 EVERYTHING = set(range(VOCAB_SIZE))
 JSON = Constraint("json_schema", json.dumps({"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 2}))
 TEXT = b"[1, 2]"
+# Its library cannot follow more than eleven letters.
+DEAR = Constraint("regex", "((((a{1,100}){1,100}){1,100}){1,100}){1,100}c")
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,77 @@ def test_an_output_that_cannot_go_on_fails_with_the_field(guidance: Guidance) ->
     matcher = make_matcher(guidance, constraint=Constraint("regex", "ab", field="guided_regex"))
     assert rows(matcher, [ord("a"), ord("x")], []) == [EVERYTHING]
     assert matcher.failure is not None and matcher.failure.param == "guided_regex"
+
+
+def follow(matcher: OutputMatcher, target: list[int], drafts: list[int]) -> list[int]:
+    """The output when the target draws these tokens and the same drafts are guessed at every step."""
+    output: list[int] = []
+    while len(output) < len(target):
+        masks = TokenMasks(len(drafts) + 1, VOCAB_SIZE, "cpu")
+        count = matcher.fill_ahead(masks, 0, output, drafts)
+        if matcher.failure is not None:
+            break
+        for row in range(count):
+            token = target[len(output)]
+            assert masks.allows(row, token)
+            output.append(token)
+            if len(output) == len(target) or row == len(drafts) or token != drafts[row]:
+                break
+    return output
+
+
+@pytest.mark.parametrize("letters", [2, 10, 11, 12, 14])
+@pytest.mark.parametrize("depth", range(5))
+def test_guesses_decide_nothing_about_where_an_output_fails(guidance: Guidance, letters: int, depth: int) -> None:
+    matcher, target = make_matcher(guidance, constraint=DEAR), [ord("a")] * letters + [ord("c"), IM_END]
+    output = follow(matcher, target, [ord("a")] * depth)
+    assert output == (target if letters <= 10 else target[:11])
+    assert (matcher.failure is not None) == (letters > 10)
+
+
+def test_a_draft_that_leads_to_a_limit_ends_the_pass(guidance: Guidance) -> None:
+    matcher, masks = make_matcher(guidance, constraint=DEAR), TokenMasks(5, VOCAB_SIZE, "cpu")
+    output = follow(matcher, [ord("a")] * 9, [])
+    assert matcher.fill_ahead(masks, 0, output, [ord("a")] * 4) == 2 and matcher.failure is None
+    assert {token for token in EVERYTHING if masks.allows(1, token)} == {ord("a"), ord("c")}
+    assert all(masks.allows(2, token) for token in EVERYTHING)
+    assert allowed(matcher, [*output, ord("c")]) == set(EOS_IDS)
+    assert not matcher.go_to([*output, ord("c")], []), "it is not followed ahead any more"
+
+
+def test_another_output_that_has_come_to_a_limit_is_nothing_to_this_one(guidance: Guidance) -> None:
+    start = guidance.compile(DEAR.kind, DEAR.text)
+    spoilt, matcher = (
+        OutputMatcher(SamplingParams(constraint=DEAR), start.copy(), EOS_IDS, VOCAB_SIZE) for _ in range(2)
+    )
+    output = follow(matcher, [ord("a")] * 3, [])
+    follow(spoilt, [ord("a")] * 20, [])
+    assert spoilt.failure is not None
+    assert allowed(matcher, output) == {ord("a"), ord("c")} and matcher.failure is None
+    late = OutputMatcher(
+        SamplingParams(constraint=Constraint(DEAR.kind, DEAR.text, END_THINK)), start.copy(), EOS_IDS, VOCAB_SIZE
+    )
+    assert rows(late, [], [END_THINK]) == [EVERYTHING - set(EOS_IDS), {ord("a")}]
+
+
+def test_the_time_of_guesses_ends_guessing_alone(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 0.0, *range(0, 10_000, 3)])  # the first row costs nothing
+    monkeypatch.setattr(output_matcher.time, "perf_counter", lambda: float(next(seconds)))
+    matcher, masks = make_matcher(guidance, constraint=JSON), TokenMasks(4, VOCAB_SIZE, "cpu")
+    assert matcher.fill_ahead(masks, 0, [], list(TEXT[:3])) == 2
+    assert matcher.failure is None and not matcher.go_to([], TEXT[:1])
+
+
+def test_an_output_that_takes_too_long_to_follow_again_fails(
+    guidance: Guidance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = make_matcher(guidance, constraint=DEAR)
+    output = follow(matcher, [ord("a")] * 9, [])
+    rows(matcher, output, [ord("a")] * 4)
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(output_matcher.time, "perf_counter", lambda: float(next(clock)))
+    rows(matcher, [*output, ord("c")], [])
+    assert matcher.failure is not None and "too long to follow it again" in matcher.failure.message
 
 
 def test_a_grammar_that_takes_too_long_fails(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:

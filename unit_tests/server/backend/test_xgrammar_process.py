@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.backend.xgrammar_process import XgrammarProcess, bound_whitespace
-from server.errors import InvalidRequest
+from server.errors import GrammarUnavailable, InvalidRequest
 from unit_tests.checkpoints import IM_END
 from unit_tests.server.backend.walks import STOP_IDS, VOCAB_SIZE, allowed_ids, draw_text, matches, tokenizer_in
 
@@ -61,6 +61,7 @@ def test_tokens_come_back_and_copies_go_their_own_ways(process: XgrammarProcess)
     other = matcher.copy()
     assert all(matcher.accept(byte) for byte in b"bbc") and allowed_ids(matcher) == [IM_END]
     assert allowed_ids(other) == [ord("b"), ord("c")]
+    assert allowed_ids(matcher.renew()) == [ord("a")]
     matcher.rollback(3)
     assert allowed_ids(matcher) == [ord("b"), ord("c")] and not matcher.error()
 
@@ -101,7 +102,7 @@ def test_what_is_no_grammar_is_refused(process: XgrammarProcess, kind: str, text
 def test_a_grammar_that_takes_longer_with_every_token_is_refused(
     process: XgrammarProcess, kind: str, text: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=r"too long to follow|more than 2 seconds"):
+    with pytest.raises(GrammarUnavailable, match=r"too long to follow|more than 2 seconds"):
         process.compile(kind, text)
     assert process.compile("grammar", 'root ::= "a"').accept(ord("a"))
 
@@ -110,7 +111,7 @@ def test_a_grammar_that_takes_too_long_to_compile_ends_in_time_and_the_next_one_
     process: XgrammarProcess,
 ) -> None:
     rules = "\n".join(f'r{i} ::= "a" r{i + 1}' for i in range(40_000))
-    with pytest.raises(InvalidRequest, match="more than 2 seconds"):
+    with pytest.raises(GrammarUnavailable, match="more than 2 seconds"):
         process.compile("grammar", f'root ::= r0\n{rules}\nr40000 ::= "b"')
     assert process.compile("grammar", 'root ::= "a"').accept(ord("a"))
 
@@ -124,7 +125,7 @@ def test_a_process_that_is_killed_is_started_again(process: XgrammarProcess) -> 
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="tokenizer"):
+    with pytest.raises(GrammarUnavailable, match="tokenizer"):
         XgrammarProcess(tmp_path, VOCAB_SIZE, STOP_IDS).compile("grammar", 'root ::= "a"')
 
 
