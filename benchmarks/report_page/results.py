@@ -67,7 +67,8 @@ def _read(path: Path) -> Result:
     """Of a file with the JSON object, or with all that a benchmark has printed, of which it is the last line. Raises
     OSError or ValueError."""
     text = path.read_text(encoding="utf-8").strip()
-    content = json.loads(text if text.startswith("{") else text.rpartition("\n")[2] or "null")
+    last = text.rpartition("\n")[2]
+    content = json.loads(last if last.startswith("{") else text if text.startswith("{") else last or "null")
     if not isinstance(content, dict) or not isinstance(content.get("benchmark"), str) or "results" not in content:
         raise ValueError("is not the JSON object of a benchmark, which has a name and results")
     return Result(path.name, content["benchmark"], content)

@@ -29,11 +29,14 @@ def test_files_are_read_in_order_and_what_is_none_is_named(tmp_path: Path) -> No
     for name, text in {
         "one": json.dumps(good),
         "two": f"table\n\n{json.dumps(good, indent=None)}\n",
+        "three": f"{json.dumps({'other': 1}, indent=1)}\ntable\n{json.dumps(good)}\n",
+        "four": json.dumps(good, indent=1),
         "bad": "{}",
     }.items():
         (tmp_path / name).write_text(text)
-    results, skipped = read_results(tmp_path / name for name in ("two", "bad", "one", "gone"))
-    assert [result.name for result in results] == ["two", "one"] and results[0].results == [1]
+    results, skipped = read_results(tmp_path / name for name in ("two", "bad", "one", "gone", "three", "four"))
+    assert [result.name for result in results] == ["two", "one", "three", "four"]
+    assert all(result.results == [1] for result in results)
     assert (
         len(skipped) == 2 and skipped[0].startswith("bad: is not the JSON object") and skipped[1].startswith("gone: ")
     )
