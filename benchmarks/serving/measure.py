@@ -5,6 +5,7 @@ No two rounds ask the same, as a server would have the prompts in its prefix cac
 
 import argparse
 import asyncio
+import gc
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -126,6 +127,8 @@ async def _run_load(
                 seed = f"{args.seed} {load} {number}"
                 run = LoadRun(one.client, copies[which], load, args.duration, seed, bar.update)
                 before = one.server.read_counters()
+                gc.collect()
+                gc.freeze()  # a collection that looks at all that is loaded would keep every stream waiting
                 result.rounds[which].append(await run.run(stop))
                 run.round.counters = growth(before, one.server.read_counters())
 

@@ -74,6 +74,22 @@ def test_servers_take_turns_and_are_asked_the_same_and_nothing_twice() -> None:
     assert result.num_asked == len(prompts(a)) and not result.is_partial
 
 
+def test_no_turn_waits_for_a_collection_of_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("benchmarks.serving.measure.gc", FakeCollector(order))
+    model = FakeModel(**MODEL)
+    model.fail = lambda number: order.append("asked")  # type: ignore[misc]
+    measured("--rounds", "2", "--num-prompts", "1", "--num-warmups", "0", "--concurrency", "1", a=model)
+    assert order[-6:] == ["collect", "freeze", "asked"] * 2
+
+
+class FakeCollector:
+    """Notes when it is asked to collect and to freeze."""
+
+    def __init__(self, order: list[str]):
+        self.collect, self.freeze = (lambda: order.append("collect")), (lambda: order.append("freeze"))
+
+
 def test_nobody_comes_behind_the_same_server_in_every_round() -> None:
     models, order = {name: FakeModel(**MODEL) for name in "abc"}, list[str]()
     for name, model in models.items():
