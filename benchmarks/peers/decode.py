@@ -1,8 +1,9 @@
 """Engines without HTTP, side by side: decode steps of several batches, and prompts of a long one.
 
 Contestants take turns in every round and get the same prompts. Each peer is held against the Tandem whose weights have
-as many bits. `same_tokens` is the share of greedy tokens before the first that differs from those of the first
-contestant: near 1 for the same weights, where they are trained; rounding decides between random ones.
+as many bits, or nearly: llama.cpp's own Q4_0 keeps the head in Q6_K. `same_tokens` is the share of greedy tokens before
+the first that differs from those of the first contestant: near 1 for the same weights, where they are trained; rounding
+decides between random ones.
 """
 
 import argparse
