@@ -350,6 +350,14 @@ def test_a_machine_that_gets_slower_is_found_out_soon(load: float, probability: 
     assert sum(depth[0] > 0 for depth in depths) > 360
 
 
+def test_a_plain_step_is_tried_after_one_that_verifies_what_was_drafted_before() -> None:
+    depths = simulate(1).run(3000, lambda _: 1.0)
+    runs = [
+        len(list(group)) for is_plain, group in itertools.groupby(depths, key=lambda depth: depth == [0]) if is_plain
+    ]
+    assert runs == [2] * len(runs) and 8 <= len(runs) <= 12
+
+
 def test_drafts_that_were_dear_for_a_while_come_back() -> None:
     table, busy = make_table(), make_table(draft=4.0)
     simulation = Simulation(Planner(K, table, is_adaptive=True), table, batch=1)
