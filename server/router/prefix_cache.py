@@ -156,23 +156,20 @@ class PrefixCache:
         ops: list[CacheOp],
         late_ops: list[CacheOp],
     ) -> bool:
-        """Keep `row`'s state as of `position`; False where it is there already, or there is no room.
+        """Keep `row`'s state as of `position`, a page end; False where it is there already, or there is no room.
 
-        `late_ops` run when row and pages stand at `position`: behind the coming pass for a prefill, else they may be
-        `ops` itself. `ops` run before that pass: what is evicted for this must be stored before anybody loads it.
+        `late_ops` run when row and pages stand at `position`: behind the coming pass. `ops` run before that pass: what
+        is evicted for this must be stored before anybody loads it.
         """
-        if not self._is_open(holding) or position <= 0:
+        if not self._is_open(holding):
             return False
+        assert position > 0 and position % self.limits.page_size == 0
         self.extend(holding, token_ids, position)
         self._emit_late(ops)
-        homes = self._homes(holding, token_ids, position)
-        if self._has_checkpoint(homes, position) or not self._tiers.can_take_slot():
-            return False
-        home = next((node for node in homes if node.page), None)
-        if home is None and not self._tiers.can_free_pages(1):
+        home = holding.nodes[position // self.limits.page_size - 1]
+        if self._has_checkpoint([home], position) or not self._tiers.can_take_slot():
             return False
         slot = self._tiers.take_slot(ops)
-        home = home or self._copy_leaf(holding, token_ids, position, ops, late_ops)
         self._save(home, position, row, slot, self._tiers.step, late_ops)
         self._tiers.use(home)
         self._tiers.pinned.append(home)
@@ -321,17 +318,6 @@ class PrefixCache:
         parent = holding.nodes[-1] if holding.nodes else self._tree.root(holding.salt)
         return parent.children.get(key) or self._tree.add_node(parent, key)
 
-    def _copy_leaf(
-        self, holding: Holding, token_ids: list[int], position: int, ops: list[CacheOp], late_ops: list[CacheOp]
-    ) -> Node:
-        """A leaf for a request that goes on writing the page: it gets a copy."""
-        self._tiers.free_pages(1, ops)
-        page = self.pages.take(1)[0]
-        leaf = self._leaf(holding, tuple(token_ids[len(holding.nodes) * self.limits.page_size : position]))
-        self._fill(leaf, page, self._tiers.step)
-        late_ops.append(CopyPage(holding.own_pages[0], page))
-        return leaf
-
     def _leave_checkpoint(
         self, holding: Holding, token_ids: list[int], position: int, row: int, ops: list[CacheOp]
     ) -> None:
@@ -359,7 +345,7 @@ class PrefixCache:
         for node in holding.nodes:
             self._tiers.touch(node)
         if holding.inserted_in == self._tiers.step:
-            # Operations behind the coming pass still read these pages, and hang on these nodes.
+            # The coming pass still writes these pages, and what it writes hangs on these nodes.
             self._tiers.pinned += holding.nodes
             self._tiers.late_pages += pages
         else:

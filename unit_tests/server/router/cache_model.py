@@ -180,13 +180,14 @@ class House:
         return True
 
     def plan(self, runner: Runner, end: int, keeps: str = "pages") -> bool:
-        """Let the coming pass compute up to `end`. `keeps`: nothing, pages or checkpoint; whether it kept the last."""
+        """Let the coming pass compute up to `end`. `keeps`: nothing, pages, or a checkpoint too, where a page ends;
+        whether it kept the last."""
         assert self.reserve(runner, end)
         is_kept = False
         known = runner.token_ids[:end]
-        if keeps == "checkpoint":
+        if keeps == "checkpoint" and end % PAGE_SIZE == 0:
             is_kept = self.cache.add_checkpoint(runner.holding, known, end, runner.row, self.before, self.after)
-        elif keeps == "pages":
+        elif keeps != "nothing":
             self.cache.extend(runner.holding, known, end)
         self.passes.append((runner, end, runner.holding.page_list))
         return is_kept

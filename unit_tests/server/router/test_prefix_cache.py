@@ -42,11 +42,10 @@ def test_a_prompt_that_goes_on_within_a_page_gets_a_copy_of_it_before_its_state(
 
 
 def test_a_page_may_be_shared_in_part_with_a_prompt_that_branches_off_inside_it(house: House) -> None:
-    runner = house.admit(TOKENS[:12])
-    house.plan(runner, 6, "checkpoint")
-    house.run()
-    house.plan(runner, 12)
-    house.run()
+    house.serve(TOKENS[:12], keeps_state=False)
+    num_cached = house.cache.num_cached_pages
+    house.serve(TOKENS[:6])
+    assert house.cache.num_cached_pages == num_cached
     branch = [*TOKENS[:7], *OTHER[:5]]
     match = house.cache.match(branch, "")
     assert (match.position, match.shared_len) == (6, 7)
@@ -90,8 +89,8 @@ def test_hits_and_misses_are_counted_once_per_admitted_request(house: House) -> 
 
 def test_without_checkpoints_nothing_is_kept() -> None:
     house = House(make_limits(num_checkpoints=0))
-    runner = house.admit(TOKENS[:10])
-    assert not house.plan(runner, 10, "checkpoint")
+    runner = house.admit(TOKENS[:8])
+    assert not house.plan(runner, 8, "checkpoint")
     house.run()
     house.leave(runner)
     assert house.before == [] and house.pool.num_free == house.limits.num_pages and house.cache.num_evictable == 0
@@ -104,32 +103,6 @@ def test_a_checkpoint_of_a_prefill_is_saved_behind_its_pass_and_found_from_the_n
     assert hit(house, TOKENS[:9]) == 0
     house.run()
     assert hit(house, TOKENS[:9]) == 8 and house.cache.num_checkpoints == 1
-
-
-def test_a_checkpoint_within_a_page_gets_a_leaf_with_a_copy_of_what_the_request_goes_on_writing(house: House) -> None:
-    runner = house.admit(TOKENS[:12])
-    house.plan(runner, 6, "checkpoint")
-    leaf = house.cache._tiers.pinned[0]
-    assert house.after == [CopyPage(runner.holding.own_pages[0], leaf.page), SaveState(runner.row, 1, 6)]
-    assert leaf.key == tuple(TOKENS[4:6])
-    house.run()
-    assert leaf.num_users == 0
-    house.plan(runner, 12)
-    house.run()
-    house.plan(house.admit([*TOKENS[:6], *OTHER[:6]]), 12)
-    house.run()
-
-
-def test_a_checkpoint_hangs_on_a_page_of_others_that_has_the_same_tokens_up_to_there(house: House) -> None:
-    house.serve(TOKENS[:12], keeps_state=False)
-    branch = [*TOKENS[:6], *OTHER[:6]]
-    runner = house.admit(branch)
-    num_cached = house.cache.num_cached_pages
-    assert house.plan(runner, house.cache.match(branch, "").shared_len, "checkpoint")
-    assert house.after == [SaveState(runner.row, 1, 6)] and house.cache.num_cached_pages == num_cached
-    house.run()
-    house.plan(house.admit([*TOKENS[:6], 1, 2]), 8)
-    house.run()
 
 
 def test_a_checkpoint_that_is_there_is_not_made_again_but_counts_as_used() -> None:
@@ -156,11 +129,11 @@ def test_there_is_no_checkpoint_where_all_slots_were_given_in_this_step(house: H
 
 def test_nothing_that_the_coming_pass_writes_is_evicted_or_given_back() -> None:
     house = House(make_limits(num_pages=6, num_checkpoints=1))
-    runner = house.admit(TOKENS[:10])
-    house.plan(runner, 10, "checkpoint")
+    runner = house.admit(TOKENS[:12])
+    house.plan(runner, 12, "checkpoint")
     house.leave(runner, keeps_state=False)
-    assert house.cache.num_evictable == 0 and house.pool.num_free == 2
-    assert not house.cache.free_pages(3, house.before)
+    assert house.cache.num_evictable == 0 and house.pool.num_free == 3
+    assert not house.cache.free_pages(4, house.before)
     house.passes.clear()
     house.after.clear()
     house.cache.begin_step()
@@ -168,13 +141,14 @@ def test_nothing_that_the_coming_pass_writes_is_evicted_or_given_back() -> None:
     assert house.cache.free_pages(6, house.before)
 
 
-def test_a_page_that_is_copied_behind_the_pass_stays_until_then(house: House) -> None:
-    runner = house.admit(TOKENS[:3])
-    assert house.plan(runner, 3, "checkpoint")
+def test_a_page_of_a_request_that_ends_before_its_pass_has_run_stays_until_then(house: House) -> None:
+    runner = house.admit(TOKENS[:10])
+    house.reserve(runner, 10)
+    assert house.plan(runner, 8, "checkpoint")
     house.leave(runner)
-    assert house.pool.num_free == house.limits.num_pages - 2
+    assert house.pool.num_free == house.limits.num_pages - 3
     house.run()
-    assert house.pool.num_free == house.limits.num_pages - 1 and hit(house, TOKENS[:4]) == 3
+    assert house.pool.num_free == house.limits.num_pages - 2 and hit(house, TOKENS[:9]) == 8
 
 
 def test_pages_in_use_are_never_evicted(house: House) -> None:
@@ -254,7 +228,7 @@ def test_the_second_of_two_leaves_checkpoints_where_the_first_did_not(house: Hou
 def test_the_page_table_of_a_running_request_never_changes_but_grows(house: House) -> None:
     house.serve(TOKENS[:6], keeps_state=False)
     runner, seen = house.admit(TOKENS[:24]), []
-    for end in range(3, 24, 3):
+    for end in range(2, 24, 2):
         house.plan(runner, end, "checkpoint")
         assert runner.holding.page_list[: len(seen)] == seen
         seen = runner.holding.page_list
@@ -296,7 +270,7 @@ def test_what_runs_during_a_flush_goes_on_but_is_never_found(house: House) -> No
 
 def test_a_slot_that_waits_for_its_state_is_not_used_again_before_it_has_come(house: House) -> None:
     runner = house.admit(TOKENS[:8])
-    house.plan(runner, 6, "checkpoint")
+    house.plan(runner, 8, "checkpoint")
     house.flush()
     assert house.cache.num_checkpoints == 0 and house.cache.num_free_checkpoints == 3
     house.run()

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from server.router.prefix_tree import Node, ancestry
-from unit_tests.server.router.cache_model import House, Runner, make_limits
+from unit_tests.server.router.cache_model import PAGE_SIZE, House, Runner, make_limits
 
 NUM_STEPS = 60
 
@@ -89,6 +89,8 @@ class History:
             return
         runner.token_ids += self.tokens(max(0, runner.num_computed + 1 - len(runner.token_ids)))
         end = self.random.randrange(runner.num_computed, len(runner.token_ids)) + 1
+        page_end = end - end % PAGE_SIZE
+        end = page_end if page_end > runner.num_computed and self.random.random() < 0.7 else end
         if self.house.reserve(runner, end):
             self.house.plan(runner, end, self.random.choice(["nothing", "pages", "checkpoint", "checkpoint"]))
         elif runner in self.house.runners:
