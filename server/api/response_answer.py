@@ -59,12 +59,14 @@ class ResponseAnswer:
         store: ResponseStore,
         running: dict[str, "ResponseAnswer"],
     ):
-        self._job, self._generation, self._store, self._running = job, generation, store, running
+        self._services, self._job, self._generation = services, job, generation
+        self._store, self._running = store, running
         self._reader = MessageReader(services.tokenizer, job.rules)
         self._scores = _ContentScores(services.tokenizer, job)
         self._blocks = Blocks()
         self._scores_of: dict[str, list[Any]] = {}
         self._num_events = 0
+        self._body = b""
         self.id = f"resp_{uuid.uuid4().hex}"
         self._head = {"id": self.id, "created_at": int(time.time()), "model": services.model_name, **_CONSTANTS}
 
@@ -79,7 +81,7 @@ class ResponseAnswer:
             async for delta in deltas:
                 for _ in self._take(delta):
                     pass
-        return Response(self._finish(), media_type="application/json")
+        return Response(self._body, media_type="application/json")
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """What happens to the response, with its state before and after; a failure is the last thing that does."""
@@ -98,7 +100,7 @@ class ResponseAnswer:
             yield self._encode({"type": "response.failed", "response": failed})
             return
         kind = "completed" if self._status() == "completed" else "incomplete"
-        yield self._encode({"type": f"response.{kind}", "response": msgspec.Raw(self._finish())})
+        yield self._encode({"type": f"response.{kind}", "response": msgspec.Raw(self._body)})
 
     def cancel(self) -> None:
         """End it where it is."""
@@ -124,11 +126,13 @@ class ResponseAnswer:
         return response
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
+        """Those of the generation. Behind the last one the response is written, and kept if it is to be."""
         self._running[self.id] = self
         try:
             async with aclosing(self._generation.deltas()) as deltas:
                 async for delta in deltas:
                     yield delta
+            self._body = await self._finish()
         finally:
             del self._running[self.id]
 
@@ -146,18 +150,21 @@ class ResponseAnswer:
         (choice,) = self._generation.choices
         return {FINISH_STOP: "completed", FINISH_LENGTH: "incomplete"}.get(choice.finish_reason or "", "cancelled")
 
-    def _finish(self) -> bytes:
-        """The JSON of the finished response, which is kept if it is to be."""
+    async def _finish(self) -> bytes:
         response = self.describe(self._status())
-        body = msgspec.json.encode(response)
+        if self._job.takes_long_to_write(self._generation.choices[0].num_tokens):
+            finished = await self._services.do_apart(self._write, response)
+        else:
+            finished = self._write(response)
         if self._job.is_stored:
-            # A call that was cut off cannot be read back.
-            kept = [
-                item for item in response["output"] if item["type"] != FUNCTION_CALL or item["status"] == "completed"
-            ]
-            items = [*self._job.items, *map(msgspec.json.encode, kept)]
-            self._store.put(self.id, Stored(body, b"[" + b",".join(items) + b"]", len(self._job.items)))
-        return body
+            self._store.put(self.id, finished)
+        return finished.body
+
+    def _write(self, response: dict[str, Any]) -> Stored:
+        # A call that was cut off cannot be read back.
+        kept = [item for item in response["output"] if item["type"] != FUNCTION_CALL or item["status"] == "completed"]
+        items = [*self._job.items, *map(msgspec.json.encode, kept)]
+        return Stored(msgspec.json.encode(response), b"[" + b",".join(items) + b"]", len(self._job.items))
 
     def _usage(self) -> dict[str, Any]:
         usage: dict[str, Any] = self._generation.usage()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import httpx
@@ -129,6 +130,25 @@ def test_scores_are_those_of_the_tokens_of_the_text(scripted: ScriptedServing) -
     told = ["".join(entry["token"] for entry in part["logprobs"]) for part in parts]
     assert told == ["Hello", "\nBye<|im_end|>"]
     assert all(len(entry["top_logprobs"]) == 1 for part in parts for entry in part["logprobs"])
+
+
+@pytest.mark.parametrize(("fields", "is_apart"), [({}, False), ({"top_logprobs": 0}, True)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_with_many_scores_is_written_off_the_event_loop_while_the_response_is_to_be_found(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], is_apart: bool, stream: bool
+) -> None:
+    found, write = [], ResponseAnswer._write
+
+    def record(answer: ResponseAnswer, response: dict[str, Any]) -> Any:
+        found.append((threading.current_thread().name.startswith("reader"), list(answer._running) == [answer.id]))
+        return write(answer, response)
+
+    monkeypatch.setattr(ResponseAnswer, "_write", record)
+    monkeypatch.setattr("server.api.generation.MANY_SCORES", 1)
+    answer = serving.http.post(PATH, json={"input": "hi", "max_output_tokens": 16, "stream": stream, **fields})
+    whole = read_events(answer)[-1]["response"] if stream else answer.json()
+    assert found == [(is_apart, True)]
+    assert serving.http.get(f"{PATH}/{whole['id']}").json() == whole
 
 
 @pytest.mark.parametrize(
