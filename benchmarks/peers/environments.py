@@ -104,11 +104,11 @@ class Environment:
         source, build = self.directory / "source", self.directory / "build"
         unpacked = source / _LLAMA_CPP.replace("-", "_").replace("==", "-")
         archive = source / f"{unpacked.name}.tar.gz"
-        cmake = self.directory / "bin" / "cmake"
+        cmake, package = self.directory / "bin" / "cmake", _LLAMA_CPP.partition("==")[0]
         return [
             create,
             ((*pip, "install", "cmake", "ninja", "gguf"), {}),
-            ((*pip, "download", "--no-deps", "--no-binary", ":all:", "-d", source, _LLAMA_CPP), {}),
+            ((*pip, "download", "--no-deps", "--no-binary", package, "-d", source, _LLAMA_CPP), {}),
             ((python, "-m", "tarfile", "-e", archive, source), {}),
             ((cmake, "-G", "Ninja", "-S", unpacked / "vendor" / "llama.cpp", "-B", build, *_LLAMA_CPP_OPTIONS), {}),
             ((cmake, "--build", build, "--target", "llama-server"), {}),
