@@ -35,8 +35,10 @@ _JOINT_STEPS, _MOST_JOINT_STEPS = 2, 32
 _FIRST_PASSES, _LEAST_COST = 4, 0.25
 # Chunks wanted that much longer than what may share a pass have one of their own.
 _LONGER = 1.5
-# Relative variance of the passes' lengths above which their times tell F and c apart.
+# Relative variance of 1 / tokens above which the passes' times tell F and c apart.
 _TELLING_VARIANCE = 0.02
+# A pass that took so many times what was expected, or such a part of it, was no pass like the others.
+_MOST_TIMES = 4
 
 
 class PromptPace:
@@ -92,7 +94,7 @@ class PromptPace:
         """What a step took in which both shared a pass; gives the seconds of it that are due to the rows that
         decode."""
         decode_seconds = self._decodes.at(num_rows)
-        self._joints.record(num_tokens, seconds - decode_seconds)
+        self._joints.add(num_tokens, seconds - decode_seconds)
         self._settle(num_tokens, seconds - decode_seconds, decode_seconds)
         return max(0.0, seconds - self._joints.seconds(num_tokens))
 
@@ -130,24 +132,40 @@ class PromptPace:
 
 
 class PassCosts:
-    """Seconds of passes by their lengths: weighted sums for a straight line through them. `weight`: how many passes
-    that is."""
+    """Seconds of passes by their lengths: weighted sums for a straight line through seconds per token by 1 / tokens, in
+    which no long pass outweighs all others."""
 
     def __init__(self) -> None:
-        self.weight = self._n = self._s = self._nn = self._ns = 0.0
+        # Of 1, tokens, seconds, 1 / tokens, seconds per token, and the last two's products with 1 / tokens.
+        self._sums = [0.0] * 7
         self._fixed: float | None = None
 
+    @property
+    def weight(self) -> float:
+        """How many passes it is that are remembered."""
+        return self._sums[0]
+
     def record(self, length: int, seconds: float) -> None:
-        """One pass."""
-        values = (1.0, length, seconds, length**2, length * seconds)
-        sums = (self.weight, self._n, self._s, self._nn, self._ns)
-        self.weight, self._n, self._s, self._nn, self._ns = (
-            _MEMORY * total + value for total, value in zip(sums, values, strict=True)
-        )
+        """One pass. Where it took far longer than expected something else came between, such as a kernel that was
+        compiled; where far shorter, this is what happened to those before."""
+        if self.weight:
+            expected = self.at(length), self.seconds(length)
+            if seconds < min(expected) / _MOST_TIMES:
+                self._sums, self._fixed = [0.0] * 7, None
+            else:
+                seconds = min(seconds, _MOST_TIMES * max(expected))
+        self.add(length, seconds)
+
+    def add(self, length: int, seconds: float) -> None:
+        """One pass, or what it took more than another, whatever that is."""
+        inverse, per_token = 1 / length, seconds / length
+        values = (1.0, length, seconds, inverse, per_token, inverse**2, inverse * per_token)
+        self._sums = [_MEMORY * total + value for total, value in zip(self._sums, values, strict=True)]
 
     def seconds(self, length: int) -> float:
         """About what a pass of that length takes: as many for each token as on average."""
-        return length * self._s / self._n if self._n else 0.0
+        _, lengths, seconds, *_ = self._sums
+        return length * seconds / lengths if lengths else 0.0
 
     def at(self, length: int) -> float:
         """The same by the line; the average where passes of one length tell none."""
@@ -159,10 +177,11 @@ class PassCosts:
     def split(self, most_fixed: float) -> tuple[float, float]:
         """F and c. Passes of one length do not tell them apart: F is then what it was, or at first most_fixed, which
         may be what a decode pass takes, for it reads the same weights."""
-        length, mean = self._n / self.weight, self._s / self.weight
-        variance = self._nn / self.weight - length**2
-        if variance > _TELLING_VARIANCE * length**2:
-            per_token = (self._ns / self.weight - length * mean) / variance
-            self._fixed = mean - min(max(0.0, per_token), mean / length) * length
+        length, mean, inverse, per_token, squares, products = (total / self.weight for total in self._sums[1:])
+        variance = squares - inverse**2
+        if variance > _TELLING_VARIANCE * inverse**2:
+            slope = (products - inverse * per_token) / variance
+            self._fixed = max(0.0, min(slope, per_token / inverse))
+            return self._fixed, per_token - self._fixed * inverse
         fixed = min(mean, most_fixed if self._fixed is None else self._fixed)
         return fixed, (mean - fixed) / length

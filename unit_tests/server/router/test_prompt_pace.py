@@ -72,6 +72,35 @@ def test_where_launching_is_all_that_costs_a_chunk_is_as_long_as_it_may_be() -> 
     assert set(chunks) == {0, 512} and measured == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.parametrize("num_before", [0, 3, 30])
+@pytest.mark.parametrize(
+    ("fixed", "per_token", "decode"), [(0.0127, 0.6e-6, 0.0022), (0.0181, 9.5e-6, 0.0055), (0.0309, 1.49e-5, 0.018)]
+)
+def test_a_long_pass_that_was_slow_for_once_leaves_no_tiny_chunks(
+    fixed: float, per_token: float, decode: float, num_before: int
+) -> None:
+    """As if its kernels had been compiled in the middle of it. Costs of 0.8B, 4B and 35B-A3B on a GPU."""
+    pace = PromptPace(2.0)
+    for number in range(num_before):
+        length = (100, 1500, 700)[number % 3]
+        pace.collect(length, fixed + per_token * length, 0, 0.0)
+    pace.collect(1500, fixed + per_token * 1500 + 2.0, 0, 0.0)
+    chunks, measured = drive(pace, fixed, per_token, decode, ahead=1)
+    assert min(size for size in chunks if size) > 400 and measured == pytest.approx(2.0, rel=0.1)
+
+
+def test_costs_follow_when_passes_take_longer_for_good() -> None:
+    costs = PassCosts()
+    for _ in range(50):
+        costs.record(100, 0.01)
+    for _ in range(4):
+        costs.record(100, 0.3)
+    assert costs.seconds(100) < 0.03
+    for _ in range(100):
+        costs.record(100, 0.3)
+    assert costs.seconds(100) > 0.2
+
+
 def drive_jointly(
     pace: PromptPace,
     per_token: float,
