@@ -22,6 +22,8 @@ _PARALLEL_NUMBERS = 2**16
 _PARALLEL_LOGITS = 2**18
 # The library keeps so many best tokens in order while it reads a row.
 _MOST_BEST = 64
+# torch's version takes five times the memory of the logits; so many rows at a time.
+_MOST_ROWS = 64
 
 
 class PenaltyTable(NamedTuple):
@@ -168,6 +170,13 @@ def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, places: Te
         logits, token_ids = logits[places], token_ids[places]
     if library is not None:
         return _compute_many_logprobs_cpp(library, logits, token_ids, num_top)
+    pieces = zip(logits.split(_MOST_ROWS), token_ids.split(_MOST_ROWS), strict=True)
+    parts = [_compute_logprobs(*piece, num_top) for piece in pieces]
+    return parts[0] if len(parts) == 1 else Logprobs(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """The law of `compute_logprobs`."""
     logprobs = logits.log_softmax(-1)
     chosen = token_ids[:, None]
     ranks = 1 + (logits > logits.gather(1, chosen)).sum(-1)

@@ -147,7 +147,7 @@ def _route_kernel(
     tl.store(experts_ptr + pairs, experts.to(tl.int64), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
     experts_ptr, order_ptr, offsets_ptr, num_pairs, num_experts, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -52,9 +52,16 @@ class DecodeGraphs:
                 with within_memory(part, logits_bytes, "lower --cuda-graph-max-bs or --mem-fraction-static"):
                     step = partial(self.step, rows, widths, num_tokens, num_drafts)
                     self._graphs[size, num_tokens, num_drafts] = capture(step)
+            self._compile_other_widths()
         self.num_bytes = getattr(capture, "num_bytes", 0)
         seconds = time.perf_counter() - start
         logger.info("captured %d decode graphs in %.1f s, %.1f MiB", len(keys), seconds, self.num_bytes / MIB)
+
+    def _compile_other_widths(self) -> None:
+        """Where tokens are masked steps run without a graph, on as many rows as they have."""
+        for width in range(1, max(self.depths) + 2):
+            if width - 1 not in self.depths:
+                self.step(self._rows[:1], self._widths[:1], width, 0)
 
     def release(self) -> int:
         """Forget all graphs, which know where weights and caches lie, and give back what a step keeps."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from tqdm import tqdm
 
 from kernels.cpu.library import load_library
 from kernels.gated_delta_net import DeltaNetShape
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float32}
-_WARM_UP_LEN = 48
+# Shorter prompts need what one of 2 ** this tokens does.
+_LEAST_WARM_UP = 4
 STATE_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -125,7 +127,8 @@ def build_runner(config: EngineConfig) -> Runner:
     drafter = None if draft is None else Drafter(draft, sampler, config.mtp_step, num_mtp_layers)
     decode = _build_decode(config, target, draft, table, num_mtp_layers) if backends.have_decode_step else None
     if device == "cuda":
-        warm_up_prefill(target, draft, table)
+        with within_memory("a prompt", sizes.workspace, "lower --mem-fraction-static or --chunked-prefill-size"):
+            warm_up_prefill(target, draft, table, sampler, plan.limits.chunked_prefill_size)
     logger.info("%s", describe_memory(plan))
     if config.prefix_cache == "on" and not plan.limits.num_checkpoints:
         logger.warning("no prefix will be reused: there is no memory for GDN checkpoints (--checkpoint-bytes)")
@@ -193,19 +196,25 @@ def _build_decode(
 
 
 @torch.inference_mode()
-def warm_up_prefill(target: Qwen35, draft: Qwen35MTP | None, table: RequestTable) -> None:
-    """Run one short prompt on row 1 and the padding page, so that no request waits for the kernels of a prefill to be
-    compiled, and leave the row as a new one is."""
-    count = min(_WARM_UP_LEN, table.page_table.shape[1] * table.cache.kv.page_size)
-    positions = torch.arange(count, device=table.device)
-    token_ids = positions % table.vocab_size
-    view = table.view([1], is_verify=False, num_pages=table.page_table.shape[1])
-    forward = ForwardBatch(token_ids, positions, (count,), replace(view, host_starts=(0,)))
-    hidden = target(forward)
-    if draft is not None:
-        for layer in range(draft.num_layers):
-            draft(token_ids, hidden, forward, layer, positions[-1:])
-    table.cache.gdn.reset(1)
+def warm_up_prefill(
+    target: Qwen35, draft: Qwen35MTP | None, table: RequestTable, sampler: Sampler, most_tokens: int
+) -> None:
+    """Run prompts of up to most_tokens tokens on row 1 and the padding page, and draw behind them, so that no request
+    waits for the kernels of a prefill to be compiled, or is the one that finds no memory; leave the row as a new one
+    is. What must be compiled depends on the next power of two of a prompt's length."""
+    longest = min(most_tokens, table.page_table.shape[1] * table.cache.kv.page_size)
+    lens = {longest, *(2**power for power in range(_LEAST_WARM_UP, longest.bit_length()))}
+    for count in tqdm(sorted(lens), desc="Warming up prompts", unit="prompt"):
+        positions = torch.arange(count, device=table.device)
+        token_ids = positions % table.vocab_size
+        view = table.view([1], is_verify=False, num_pages=table.page_table.shape[1])
+        forward = ForwardBatch(token_ids, positions, (count,), replace(view, host_starts=(0,)))
+        last, hidden = positions[-1:], target(forward)
+        sampler.draw_by_table(target.compute_logits(hidden[-1:]), torch.ones_like(last), last + 1)
+        if draft is not None:
+            for layer in range(draft.num_layers):
+                draft(token_ids, hidden, forward, layer, last)
+        table.cache.gdn.reset(1)
 
 
 def _choose_dtype(name: str, model_config: ModelConfig) -> torch.dtype:

@@ -95,7 +95,7 @@ class Sampler:
         if self.table.rules is None or all(_is_plain_greedy(work.sampling) for work in works):
             return self._draw_by_law(logits, works, positions, widths)[0]
         rows = _rows_of(works, widths or [1] * len(works), logits.device)
-        return self._draw_by_table(logits, rows, positions)
+        return self.draw_by_table(logits, rows, positions)
 
     def _draw_by_law(
         self,
@@ -125,8 +125,8 @@ class Sampler:
         table = self.table
         return table.temperature[rows], table.top_k[rows], table.top_p[rows], table.min_p[rows]
 
-    def _draw_by_table(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """`draw` of one token for each of the table's rows [N], without a word from the host."""
+    def draw_by_table(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """`draw` of one token for each of the table's rows [N], without a word from the host; the table keeps rules."""
         from kernels.gpu.sampling import draw as draw_triton
         from server.backend.decode_step import sampling_table
 

@@ -32,7 +32,8 @@ class _Stopwatch:
     which would look dear beside the others for as long as the server runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str):
+        self._device = device
         self.seconds: dict[tuple[str, int, int], float] = {}
 
     def rounds(self) -> Iterator[None]:
@@ -49,7 +50,7 @@ class _Stopwatch:
         """Run it once, to its end on the device."""
         start = time.perf_counter()
         result = function()
-        _wait_for_device()
+        _wait_for(self._device)
         key, seconds = (name, batch_size, width), time.perf_counter() - start
         self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
         return result
@@ -74,7 +75,7 @@ def measure_costs(runner: Runner, mtp_step: int) -> Costs:
 
 
 def _measure_parts(runner: Runner, mtp_step: int, batches: list[int], widths: list[int]) -> Costs:
-    drafter, watch, can_idle = runner.drafter, _Stopwatch(), runner.plan.limits.max_behind > 0
+    drafter, watch, can_idle = runner.drafter, _Stopwatch(runner.table.device), runner.plan.limits.max_behind > 0
     assert drafter is not None
     _place(runner, batches[-1])
     for _ in watch.rounds():
@@ -94,11 +95,11 @@ def _measure_parts(runner: Runner, mtp_step: int, batches: list[int], widths: li
 def _measure_decode(decode: Decode, runner: Runner, mtp_step: int, batches: list[int], widths: list[int]) -> Costs:
     """The same where a decode step is one piece of work of the device, in which the draft head always runs over all
     rows: that is part of `verify` here, and `extend` is what the first draft adds."""
-    watch = _Stopwatch()
+    watch = _Stopwatch(runner.table.device)
 
     def run(name: str, size: int, width: int, num_drafts: int) -> None:
         _place(runner, size)
-        _wait_for_device()
+        _wait_for(runner.table.device)
         watch.time(name, size, width, partial(decode.run, _make_batch(size, width, num_drafts)))
 
     for _ in watch.rounds():
@@ -165,6 +166,6 @@ def _verify(runner: Runner, batch: Batch) -> tuple[torch.Tensor, Sampled, Forwar
     return hidden, sampled, forward
 
 
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
+def _wait_for(device: str) -> None:
+    if device == "cuda":
         torch.cuda.synchronize()

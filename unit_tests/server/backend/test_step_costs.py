@@ -110,7 +110,7 @@ def test_a_bad_moment_of_the_machine_is_on_no_size_alone(monkeypatch: pytest.Mon
         now += 100 * seconds if now < 0.3 else 5 * seconds if 0.32 < now < 0.33 or now > 0.35 else seconds
         return size
 
-    watch, num_rounds = _Stopwatch(), 0
+    watch, num_rounds = _Stopwatch("cpu"), 0
     for _ in watch.rounds():
         num_rounds += 1
         assert [watch.time("verify", size, 1, lambda size=size: work(size)) for size in sizes] == sizes
