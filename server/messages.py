@@ -48,22 +48,25 @@ class Constraint:
     `text` is for kind json_schema the schema (JSON), json_object nothing, regex the pattern, choice a JSON list of
     strings, grammar EBNF or Lark, structural_tag the tag (JSON). Tokens up to and including the first `after_token_id`
     are free (the end of thinking) but for those that would end the request; None constrains from the first token on.
-    `field` is the request's field that asks for it, for errors.
+    `field` is the request's field that asks for it, for errors. An output may match an `alternative` (kind, text)
+    instead.
     """
 
     kind: str
     text: str = ""
     after_token_id: int | None = None
     field: str = "constraint"
+    alternative: tuple[str, str] | None = None
 
     def check(self) -> None:
         """Raise InvalidRequest for an unknown kind or a text that is too long to compile."""
         if self.kind not in CONSTRAINT_KINDS:
             kinds = ", ".join(CONSTRAINT_KINDS)
             raise InvalidRequest(f"{self.field} is of kind {self.kind!r}, it must be one of {kinds}", self.field)
-        if len(self.text) > MAX_CONSTRAINT_CHARS:
+        num_chars = max(len(self.text), len(self.alternative[1]) if self.alternative else 0)
+        if num_chars > MAX_CONSTRAINT_CHARS:
             raise InvalidRequest(
-                f"{self.field} has {len(self.text)} characters, the limit is {MAX_CONSTRAINT_CHARS}", self.field
+                f"{self.field} has {num_chars} characters, the limit is {MAX_CONSTRAINT_CHARS}", self.field
             )
 
 

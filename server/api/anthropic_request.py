@@ -5,8 +5,17 @@ Every mistake is an InvalidRequest that names the block.
 
 import itertools
 
-from server.api.chat_messages import MAX_MESSAGES, MAX_PARTS, read_arguments, read_content, read_text
-from server.api.conversations import CONVERSATION_FIELDS, Conversation, Message, merge_messages, read_flat_tools
+from server.api.chat_messages import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    Message,
+    merge_messages,
+    place_system_messages,
+    read_arguments,
+    read_content,
+    read_text,
+)
+from server.api.conversations import CONVERSATION_FIELDS, Conversation, read_flat_tools
 from server.api.fields import Fields, known_fields, shown, split_list
 from server.api.tools import AUTO, NAMED, NONE, REQUIRED, Choice, Tool, Tools, mistake, read_function
 from server.errors import InvalidRequest
@@ -29,13 +38,15 @@ _THINKS = {"enabled": True, "adaptive": True, "disabled": False}
 
 
 def read_conversation(fields: Fields) -> Conversation:
-    """What the model is to answer. An assistant's text that comes last is to go on."""
+    """What the model is to answer. An assistant's text that comes last is to go on. Turns of the system's, which agents
+    send with what changes on the way, are read like a chat's."""
     entries = split_list("messages", fields.raw("messages"), MAX_MESSAGES)
     if not entries:
         raise InvalidRequest("messages is [], it must be a list of at least one entry", "messages")
     messages = [message for i, entry in enumerate(entries) for message in _read_turn(entry, f"messages[{i}]")]
     if fields.has("system"):
         messages.insert(0, {"role": "system", "content": read_content("system", fields.raw("system"))})
+    messages = place_system_messages(messages)
     thinks, budget = _read_thinking(fields)
     continues = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     return Conversation(messages, "messages", _read_tools(fields), thinks, continues, budget)
@@ -47,7 +58,7 @@ def _read_turn(entry: bytes, where: str) -> list[Message]:
     role, name, raw = fields.value("role"), fields.name("content"), fields.raw("content")
     if not isinstance(role, str) or role not in _BLOCKS:
         name = fields.name("role")
-        raise InvalidRequest(f"{name} is {shown(role)}, it must be user or assistant", name)
+        raise InvalidRequest(f"{name} is {shown(role)}, it must be user, assistant or system", name)
     if raw[:1] != b"[":
         return [{"role": role, "content": read_text(name, raw, "a string or a list of blocks")}]
     blocks = split_list(name, raw, MAX_PARTS)

@@ -1,6 +1,7 @@
 """The HTTP routes. Each handler is a few lines; what they do is in the module named after the endpoint."""
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -120,7 +121,8 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v1/models", **operation(answer=MODEL_LIST))
     async def list_models() -> dict[str, Any]:
         """The one model of this server, under each of its names."""
-        return {"object": "list", "data": list(cards.values())}
+        ends = {"first_id": services.model_names[0], "last_id": services.model_names[-1]}
+        return {"object": "list", "data": list(cards.values()), "has_more": False, **ends}
 
     @app.get(
         "/v1/models/{model_id:path}",
@@ -135,7 +137,11 @@ def _add_model_routes(app: FastAPI, services: Services) -> None:
 
 
 def _model_card(services: Services, name: str) -> dict[str, Any]:
+    """In OpenAI's form and Anthropic's, whose clients ask at the same place."""
     return {
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(services.created, UTC).isoformat(),
         "id": name,
         "object": "model",
         "created": services.created,

@@ -16,11 +16,12 @@ from server.api.sampling import MAX_CHOICES, Limits, read_max_tokens, read_num_l
 from server.api.services import Services
 from server.api.terms import read_terms
 from server.api.thinking import END_OF_THINKING, read_reasoning
-from server.api.tools import AUTO, Tools, read_tools, tool_constraint
+from server.api.tools import AUTO, REQUIRED, Tools, read_tools, tool_constraint
 from server.errors import InvalidRequest
 from server.messages import Constraint
 
 _MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens")
+_FORMAT_FIELD = "response_format"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +72,28 @@ def read_chat_job(fields: Fields, services: Services) -> ChatJob:
 def read_message_masks(
     fields: Fields, tools: Tools | None, prompt: ChatPrompt, services: Services, form: Constraint | None = None
 ) -> dict[str, Any]:
-    """Which tokens of a message may come. What the common fields demand of the output goes before calls that may be
-    made, and cannot be had with one that must be. A format of the content alone (`form`, if those have none) goes
-    before calls that may be made, and a call that must be made before it."""
+    """Which tokens of a message may come. A format of the content (`response_format`, or `form`) holds for a message
+    without calls: one that may be made may come instead, one that must be made goes before it. What other fields
+    demand holds for the whole output, so no call may be made, and none can be demanded."""
     tokenizer = services.tokenizer
     masks = read_masks(fields, tokenizer, services.limits.vocab_size, prompt.is_thinking)
     after = tokenizer.token_id(END_OF_THINKING) if prompt.is_thinking else None
     constraint, must_call = masks["constraint"], tools is not None and tools.choice != AUTO
-    if tools is not None and must_call and constraint is not None:
+    is_format = constraint is None or constraint.field == _FORMAT_FIELD
+    if constraint is None and form is not None:
+        constraint = replace(form, after_token_id=after)
+    if tools is not None and must_call and not is_format:
         raise InvalidRequest(
             f"{tools.choice_name} demands a call and {constraint.field} another form of the output; leave one out",
             constraint.field,
         )
-    if constraint is None and form is not None:
-        masks["constraint"] = replace(form, after_token_id=after)
-    if tools is not None and (masks["constraint"] is None or must_call):
-        masks["constraint"] = tool_constraint(tools, after)
-    return masks
+    if tools is not None and (constraint is None or must_call):
+        constraint = tool_constraint(tools, after)
+    elif tools is not None and is_format:
+        call = tool_constraint(replace(tools, choice=REQUIRED), after)
+        assert call is not None
+        constraint = replace(constraint, alternative=(call.kind, call.text))
+    return masks | {"constraint": constraint}
 
 
 def _read_logprobs(fields: Fields, limits: Limits) -> int | None:

@@ -142,7 +142,11 @@ class ChatFormat:
         if not chunks and (delta.finish_reason is not None or logprobs is not None):
             chunks.append(self.empty_chunk(delta.index))
         if logprobs is not None:
-            chunks[0]["logprobs"] = logprobs
+            entries = logprobs["content"]
+            if _ends_with_a_token(delta) and len(entries) > 1:  # no chunk of text has what is not in the text
+                chunks.append(self.empty_chunk(delta.index) | {"logprobs": {"content": entries[-1:]}})
+                entries = entries[:-1]
+            chunks[0]["logprobs"] = {"content": entries}
         if delta.finish_reason is not None:
             chunks[-1].update(finish_reason=reader.finish_reason(delta.finish_reason), stop_reason=delta.stop_reason)
         return [_chunk(delta.index, {"role": "assistant", "content": ""}), *chunks] if is_first else chunks
@@ -173,6 +177,11 @@ class ChatFormat:
         if self._num_top is None or not delta.token_ids:
             return None
         return chat_logprobs(self._tokenizer, delta, self._num_top, self._tokens_as_ids)
+
+
+def _ends_with_a_token(delta: Delta) -> bool:
+    """Whether its last token is one that ends the answer."""
+    return delta.finish_reason == FINISH_STOP and not isinstance(delta.stop_reason, str)
 
 
 def write_message(pieces: Iterable[Piece], is_older: bool = False) -> dict[str, Any]:

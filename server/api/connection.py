@@ -118,6 +118,10 @@ class ImpatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's, which tells the log to install what this server has no use for; the request is answered as it
+        is."""
+
     def _expect(self, state: object) -> None:
         """The client's part of the conversation must leave `state` in time, if it is one in which it is to speak."""
         if state is self._awaited:

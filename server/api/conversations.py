@@ -4,12 +4,13 @@ They read messages, tools and a few fields in forms of their own; all else is wh
 names. Every mistake is an InvalidRequest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from server.api.chat import ChatJob, read_message_masks
 from server.api.chat_format import MessageRules
+from server.api.chat_messages import Message
 from server.api.constraints import MASK_FIELDS
 from server.api.fields import Fields, known_fields, shown, shown_json, split_list
 from server.api.prompts import ChatPrompt, PromptReader
@@ -33,7 +34,6 @@ _FORMAT = known_fields("type", "schema")
 _FORMATS = ("text", "json_object", "json_schema")
 
 J = TypeVar("J", bound=ChatJob)
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,6 @@ def read_form(fields: Fields) -> Constraint | None:
         return None
     constraint.check()
     return constraint
-
-
-def merge_messages(parts: Sequence[Message], separator: str = "") -> Message:
-    """The parts of one message as one: their contents and reasoning joined, their calls together."""
-    message = {**parts[0], "content": separator.join(part["content"] for part in parts if part["content"])}
-    calls = [call for part in parts for call in part.get("tool_calls", ())]
-    thoughts = [part["reasoning_content"] for part in parts if "reasoning_content" in part]
-    message |= {"tool_calls": calls} if calls else {}
-    return message | ({"reasoning_content": "".join(thoughts)} if thoughts else {})
 
 
 def read_flat_tools(

@@ -42,6 +42,10 @@ RESPONSE_REQUEST = _object(
     previous_response_id=nullable("string"),
     parallel_tool_calls=nullable("boolean"),
     include=nullable("array", items=_TEXT),
+    truncation={"enum": ["auto", "disabled", None]},
+    max_tool_calls=nullable("integer"),
+    prompt_cache_key=nullable("string"),
+    safety_identifier=nullable("string"),
     top_logprobs=nullable("integer", minimum=-1),
 )
 RESPONSE = _object(
@@ -52,7 +56,19 @@ RESPONSE = _object(
     model=_TEXT,
     status={"enum": ["completed", "incomplete", "in_progress", "cancelled"]},
     output=_OBJECTS,
-    usage=nullable("object"),
+    usage=nullable(
+        "object",
+        required=["input_tokens", "input_tokens_details", "output_tokens", "output_tokens_details", "total_tokens"],
+        properties={
+            "input_tokens": _COUNT,
+            "input_tokens_details": _object(
+                ("cached_tokens", "cache_write_tokens"), cached_tokens=_COUNT, cache_write_tokens=_COUNT
+            ),
+            "output_tokens": _COUNT,
+            "output_tokens_details": _object(("reasoning_tokens",), reasoning_tokens=_COUNT),
+            "total_tokens": _COUNT,
+        },
+    ),
 )
 RESPONSE_ITEMS = _object(
     ("object", "data", "first_id", "last_id", "has_more"),
@@ -68,11 +84,11 @@ ANTHROPIC_REQUEST = _object(
     messages={
         "type": "array",
         "minItems": 1,
-        "items": _object(("role", "content"), role={"enum": ["user", "assistant"]}, content=_TEXT_OR_PARTS),
+        "items": _object(("role", "content"), role={"enum": ["user", "assistant", "system"]}, content=_TEXT_OR_PARTS),
     },
     max_tokens={"type": "integer", "minimum": 1},
     system={"oneOf": [{"type": ["string", "null"]}, _OBJECTS]},
-    stop_sequences=nullable("array", items=_TEXT, maxItems=4),
+    stop_sequences=nullable("array", items=_TEXT, maxItems=64),
     thinking=nullable("object"),
     tool_choice=nullable("object"),
 )

@@ -16,7 +16,7 @@ from server.api.generation import Delta, Generation
 from server.api.logprobs import chat_logprobs
 from server.api.message_blocks import CLOSED, CONTENT, Blocks
 from server.api.message_parser import ContentPiece, Piece
-from server.api.response_items import FUNCTION_CALL, Event, write_events, write_item
+from server.api.response_items import Event, write_events, write_item
 from server.api.response_store import ResponseStore, Stored
 from server.api.services import Services
 from server.errors import TandemError
@@ -30,9 +30,6 @@ _CONSTANTS: dict[str, Any] = {
     "completed_at": None,
     "error": None,
     "incomplete_details": None,
-    "max_tool_calls": None,
-    "prompt_cache_key": None,
-    "safety_identifier": None,
     "service_tier": "default",
     "truncation": "disabled",
 }
@@ -161,16 +158,15 @@ class ResponseAnswer:
         return finished.body
 
     def _write(self, response: dict[str, Any]) -> Stored:
-        # A call that was cut off cannot be read back.
-        kept = [item for item in response["output"] if item["type"] != FUNCTION_CALL or item["status"] == "completed"]
-        items = [*self._job.items, *map(msgspec.json.encode, kept)]
-        return Stored(msgspec.json.encode(response), b"[" + b",".join(items) + b"]", len(self._job.items))
+        own_items = {item["id"]: msgspec.json.encode(item) for item in response["output"]}
+        return Stored(msgspec.json.encode(response), b"[" + b",".join(self._job.items) + b"]", own_items)
 
     def _usage(self) -> dict[str, Any]:
         usage: dict[str, Any] = self._generation.usage()
         return {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": usage["prompt_tokens_details"],
+            # Tokens are kept for later prompts without a request that they be, and nobody pays for it.
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
             "total_tokens": usage["total_tokens"],

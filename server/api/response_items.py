@@ -8,13 +8,23 @@ item.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from server.api.chat_messages import MAX_PARTS, read_arguments, read_content, read_message, read_text
-from server.api.conversations import Message, merge_messages
+from server.api.chat_messages import (
+    MAX_PARTS,
+    Message,
+    merge_messages,
+    place_system_messages,
+    read_arguments,
+    read_content,
+    read_message,
+    read_text,
+)
 from server.api.fields import Fields, known_fields, shown, split_list
 from server.api.message_blocks import CALL, CONTENT, GREW, OPENED, REASONING, Block
 from server.errors import InvalidRequest
 
 MESSAGE, THOUGHT, FUNCTION_CALL, FUNCTION_OUTPUT = "message", "reasoning", "function_call", "function_call_output"
+# Stands for an item of a response that was stored; who reads it looks it up first.
+REFERENCE = "item_reference"
 _KINDS = (MESSAGE, THOUGHT, FUNCTION_CALL, FUNCTION_OUTPUT)
 _ITEM = known_fields("type", "call_id", "name", "arguments", "output", "content", "summary")
 _PART = known_fields("text")
@@ -29,20 +39,20 @@ Event = dict[str, Any]
 
 
 def read_items(items: Sequence[tuple[bytes, str]]) -> list[Message]:
-    """The messages of items, each with its place; system messages that come first are one."""
+    """The messages of items, each with its place; system messages are where a template takes them."""
     groups: list[list[Message]] = []
     for raw, where in items:
         fields = Fields(_ITEM, raw, where)
         kind = fields.value("type") if fields.has("type") else MESSAGE
         if kind not in _KINDS:
             name = fields.name("type")
-            raise InvalidRequest(f"{name} is {shown(kind)}, it must be one of {', '.join(_KINDS)}", name)
+            raise InvalidRequest(f"{name} is {shown(kind)}, it must be one of {', '.join([*_KINDS, REFERENCE])}", name)
         message = read_message(raw, where) if kind == MESSAGE else _read_item(fields, kind)
-        if groups and _joins(groups[-1][-1], message, is_first=len(groups) == 1):
+        if groups and _joins(groups[-1][-1], message):
             groups[-1].append(message)
         else:
             groups.append([message])
-    return [merge_messages(group, "\n\n") for group in groups]
+    return place_system_messages([merge_messages(group) for group in groups])
 
 
 def _read_item(fields: Fields, kind: str) -> Message:
@@ -66,13 +76,10 @@ def _read_thought(fields: Fields) -> str:
     return "".join(read_text(text.name("text"), text.raw("text")) for text in texts)
 
 
-def _joins(last: Message, message: Message, is_first: bool) -> bool:
-    """Whether a message is the next part of the one before: of the system's at the start, or of an assistant's turn,
-    which is reasoning, content and calls, in this order."""
-    if last["role"] != message["role"] or message["role"] not in ("system", "assistant"):
+def _joins(last: Message, message: Message) -> bool:
+    """Whether a message is the next part of an assistant's turn: reasoning, content and calls, in this order."""
+    if last["role"] != "assistant" or message["role"] != "assistant":
         return False
-    if message["role"] == "system":
-        return is_first
     follows = "tool_calls" in message or not (last["content"] or "tool_calls" in last)
     return follows and "reasoning_content" not in message
 

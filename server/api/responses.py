@@ -14,7 +14,7 @@ from server.api.input_items import MAX_ITEMS, ORDERS, list_items, read_page
 from server.api.openapi import GENERATION_ERRORS, operation, path_parameter, query_parameter
 from server.api.requests import check_model, generate, refuse_unserved
 from server.api.response_answer import ResponseAnswer, ResponseJob
-from server.api.response_items import read_items
+from server.api.response_items import REFERENCE, read_items
 from server.api.response_store import ResponseStore, Stored
 from server.api.sampling import read_num_logprobs
 from server.api.services import Services
@@ -35,13 +35,20 @@ from server.api.tools import (
 from server.errors import InvalidRequest, NotFound
 
 _UNSERVED = ("background", "conversation", "prompt")
+# Texts of which nothing is made here.
+_REPEATED = ("prompt_cache_key", "safety_identifier")
 _REQUEST = known_fields(
     *CONVERSATION_FIELDS,
     *("input", "instructions", "max_output_tokens", "text", "reasoning", "metadata", "store", "previous_response_id"),
-    *("parallel_tool_calls", "include", "user"),
+    *("parallel_tool_calls", "include", "user", "truncation", "max_tool_calls"),
+    *_REPEATED,
     *_UNSERVED,
 )
-_TEXT = known_fields("format")
+_TEXT = known_fields("format", "verbosity")
+# What is too long is refused with either; the answer says so.
+_TRUNCATIONS = ("auto", "disabled")
+_VERBOSITIES = ("low", "medium", "high")
+_REFERENCE = known_fields("type", "id")
 _REASONING = known_fields("effort")
 _TOOL = known_fields("type", "name", "description", "parameters", "strict")
 _CHOICE = known_fields("type", "name")
@@ -123,8 +130,7 @@ def _items_of(source: ResponseAnswer | Stored) -> list[bytes]:
     """The items that a response was made of."""
     if isinstance(source, ResponseAnswer):
         return source.items
-    items = msgspec.json.decode(source.items, type=list[msgspec.Raw])[: source.num_input]
-    return [bytes(item) for item in items]
+    return [bytes(item) for item in msgspec.json.decode(source.input_items, type=list[msgspec.Raw])]
 
 
 def _refuse_stream(request: Request) -> None:
@@ -135,10 +141,10 @@ def _refuse_stream(request: Request) -> None:
 
 
 def read_response_job(fields: Fields, services: Services, store: ResponseStore) -> ResponseJob:
-    """What a request asks for. Raises InvalidRequest, NotFound for an earlier response that is not there."""
+    """What a request asks for. Raises InvalidRequest, NotFound for an earlier response or item that is not there."""
     check_model(fields, services)
     refuse_unserved(fields, _UNSERVED)
-    settings, items = _read_settings(fields), _read_input(fields)
+    settings, items = _read_settings(fields), _read_input(fields, store)
     before = [] if settings["previous_response_id"] is None else _read_earlier(settings["previous_response_id"], store)
     return read_job(
         fields,
@@ -153,20 +159,36 @@ def read_response_job(fields: Fields, services: Services, store: ResponseStore) 
 
 def _read_settings(fields: Fields) -> dict[str, Any]:
     """The fields that a response repeats."""
-    form = Fields(_TEXT, fields.raw("text") or b"{}", "text").raw("format")
     fields.mapping("metadata")
+    truncation = fields.text("truncation", "disabled")
+    if truncation not in _TRUNCATIONS:
+        raise InvalidRequest(f"truncation is {shown(truncation)}, it must be auto or disabled", "truncation")
     return {
+        **{name: fields.text(name, "") or None for name in _REPEATED},
         "instructions": read_text("instructions", fields.raw("instructions")) if fields.has("instructions") else None,
+        "max_tool_calls": fields.integer("max_tool_calls", None),  # of tools that the server runs, which has none
         "metadata": msgspec.Raw(fields.raw("metadata") or b"{}"),
         "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
         "previous_response_id": fields.text("previous_response_id", "") or None,
         "reasoning": {"effort": _read_effort(fields), "summary": None},
         "store": fields.boolean("store", True),
-        "text": {"format": msgspec.Raw(form or b'{"type":"text"}')},
+        "text": _read_text_settings(fields),
         "tool_choice": msgspec.Raw(fields.raw("tool_choice") or b'"auto"'),
         "tools": msgspec.Raw(fields.raw("tools") or b"[]"),
         "user": fields.text("user", "") or None,
     }
+
+
+def _read_text_settings(fields: Fields) -> dict[str, Any]:
+    text = Fields(_TEXT, fields.raw("text") or b"{}", "text")
+    form = {"format": msgspec.Raw(text.raw("format") or b'{"type":"text"}')}
+    if not text.has("verbosity"):
+        return form
+    verbosity = text.text("verbosity", "")
+    if verbosity not in _VERBOSITIES:
+        rule = f"it must be one of {', '.join(_VERBOSITIES)}"
+        raise InvalidRequest(f"text.verbosity is {shown(verbosity)}, {rule}", "text.verbosity")
+    return {**form, "verbosity": verbosity}
 
 
 def _read_effort(fields: Fields) -> str | None:
@@ -178,21 +200,30 @@ def _read_effort(fields: Fields) -> str | None:
     return effort
 
 
-def _read_input(fields: Fields) -> list[bytes]:
-    """The items of the request: a text is a user's message."""
+def _read_input(fields: Fields, store: ResponseStore) -> list[bytes]:
+    """The items of the request: a text is a user's message, and what a reference stands for is in its place."""
     raw = fields.raw("input")
     if raw[:1] == b'"':
         return [msgspec.json.encode({"role": "user", "content": read_text("input", raw)})]
     items = split_list("input", raw, MAX_MESSAGES) if raw[:1] == b"[" else []
     if not items:
         raise InvalidRequest(f"input is {shown_json(raw)}, it must be a text or a list of at least one item", "input")
-    return items
+    return [_resolve(item, f"input[{i}]", store) for i, item in enumerate(items)]
+
+
+def _resolve(item: bytes, where: str, store: ResponseStore) -> bytes:
+    reference = Fields(_REFERENCE, item, where)
+    if reference.value("type") != REFERENCE:
+        return item
+    name = reference.name("id")
+    return store.get_item(read_text(name, reference.raw("id")), name)
 
 
 def _read_earlier(response_id: str, store: ResponseStore) -> list[bytes]:
     """The items of the conversation that a stored response ended."""
     name = "previous_response_id"
-    return split_list(name, store.get(response_id, name).items, MAX_MESSAGES)
+    stored = store.get(response_id, name)
+    return [*split_list(name, stored.input_items, MAX_MESSAGES), *stored.own_items.values()]
 
 
 def _read_conversation(

@@ -40,7 +40,7 @@ SAMPLING_FIELDS = (
     "speculative",
 )
 MAX_CHOICES = 128
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 _MAX_BIAS = 100.0
 # Float32 logits times or over a larger factor are infinite or all alike.

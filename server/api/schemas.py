@@ -23,7 +23,7 @@ _SAMPLING: dict[str, Schema] = {
     "frequency_penalty": nullable("number", **_PENALTY),
     "logit_bias": nullable("object", additionalProperties={"type": "number"}),
     "seed": nullable("integer", **_INT64),
-    "stop": {"oneOf": [{"type": ["string", "null"]}, {**_TEXTS, "maxItems": 4}]},
+    "stop": {"oneOf": [{"type": ["string", "null"]}, {**_TEXTS, "maxItems": 64}]},
     "stop_token_ids": nullable("array", items=_IDS["items"]),
     "include_stop_str_in_output": nullable("boolean"),
     "skip_special_tokens": nullable("boolean"),
@@ -176,8 +176,11 @@ ANY_REQUEST: Schema = {"anyOf": [CHAT_REQUEST, COMPLETION_REQUEST]}
 ANY_ANSWER: Schema = {"anyOf": [CHAT_COMPLETION, COMPLETION]}
 MODEL: Schema = {
     "type": "object",
-    "required": ["id", "object", "created", "owned_by", "max_model_len"],
+    "required": ["id", "object", "created", "owned_by", "max_model_len", "type", "display_name", "created_at"],
     "properties": {
+        "type": {"const": "model"},
+        "display_name": {"type": "string"},
+        "created_at": {"type": "string", "format": "date-time"},
         "id": {"type": "string"},
         "object": {"const": "model"},
         "created": {"type": "integer"},
@@ -187,6 +190,12 @@ MODEL: Schema = {
 }
 MODEL_LIST: Schema = {
     "type": "object",
-    "required": ["object", "data"],
-    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}},
+    "required": ["object", "data", "has_more", "first_id", "last_id"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": MODEL},
+        "has_more": {"const": False},
+        "first_id": {"type": "string"},
+        "last_id": {"type": "string"},
+    },
 }

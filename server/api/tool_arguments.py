@@ -1,8 +1,9 @@
 """The arguments of one tool call: parameters as Qwen3.5 writes them -> the JSON text of one object, piece by piece.
 
 A string goes out as it comes in; a value of another type once it is complete, cast by the tool's JSON schema. What does
-not cast stays a string. Knows nothing of markup but that one newline on either side of a value belongs to it, and of a
-value that must have a certain length or pattern one space of any kind: a grammar for it allows one, besides.
+not cast stays a string. So does what may be one of the values that the schema lists, and goes out as that. Knows
+nothing of markup but that one newline on either side of a value belongs to it, and of a value that must have a certain
+form one space of any kind: a grammar for it allows one, besides.
 """
 
 import itertools
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+
+from server.api.tool_schemas import resolve
 
 _STRING, _NULL = "string", "null"
 _WHOLE = re.compile(r"(?P<sign>[+-]?)(?P<digits>[0-9]+)(?:\.0+)?")
@@ -35,7 +38,13 @@ _MAX_SCHEMAS = 64
 # A text that may be a string or null is a string if it is longer, so it need not be held back for long.
 _MAX_NULL_CHARS = 16
 _FORMS = {"pattern", "minLength", "maxLength"}
+# Formats that a grammar enforces. A text of another may be any.
+_FORMATS = (
+    *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "uri-reference"),
+    *("uri-template", "json-pointer", "relative-json-pointer"),
+)
 _NEWLINE, _SPACE = "\n", " \t\r\n"
+_SPACES = (*_SPACE,)
 
 
 class ArgumentWriter:
@@ -49,6 +58,8 @@ class ArgumentWriter:
         self._num_written = 0
         self._key = ""
         self._types: frozenset[str] = frozenset()
+        self._values: frozenset[str] = frozenset()  # one of which it may still be
+        self._num_chars = 0  # of the longest, and of spaces around it
         self._held: list[str] = []
         self._streams = False
         self._is_first = True
@@ -57,23 +68,34 @@ class ArgumentWriter:
     def open(self, key: str) -> str:
         """A parameter begins."""
         self._key, self._types, self._held = key, parameter_types(self._schema, key), []
+        self._values = parameter_values(self._schema, key) if _STRING in self._types else frozenset()
+        self._num_chars = max(map(len, self._values), default=0) + 2
         self._is_first, self._streams = True, False
         self._edge, self._owed = _SPACE if has_form(self._schema, key) else _NEWLINE, ""
-        return self._stream() if self._types == {_STRING} else ""
+        return self._stream() if self._types == {_STRING} and not self._values else ""
 
     def push(self, text: str) -> str:
         """More of the parameter's value."""
+        if self._values:
+            self._held.append(text)
+            self._num_chars -= len(text)
+            return "" if self._num_chars >= 0 else self._leave_values()
         text = self._trim(text)
         if self._streams:
             return _escape(text)
         self._held.append(text)
-        return self._stream() if self._types == {_STRING, _NULL} and not self._may_be_null() else ""
+        return self._stream() if self._is_text() else ""
 
     def close(self) -> str:
         """The parameter's value is complete."""
         if self._streams:
             self._streams = False
             return '"'
+        if self._values:
+            value = _match("".join(self._held), self._values)
+            if value is not None:
+                return self._begin() + _quote(value)
+            return self._leave_values() + self.close()
         return self._begin() + cast("".join(self._held), self._types)
 
     def finish(self) -> str:
@@ -88,9 +110,17 @@ class ArgumentWriter:
         self._streams = True
         return self._begin() + '"' + _escape("".join(self._held))
 
-    def _may_be_null(self) -> bool:
+    def _leave_values(self) -> str:
+        """It is none of the values that its schema lists."""
+        text, self._held, self._values = "".join(self._held), [], frozenset()
+        return (self._stream() if self._types == {_STRING} else "") + self.push(text)
+
+    def _is_text(self) -> bool:
+        """Whether the parameter can be nothing but a string."""
+        if self._types != {_STRING, _NULL}:
+            return False
         held = "".join(self._held)
-        return len(held) <= _MAX_NULL_CHARS and _NULL.startswith(held.strip().lower())
+        return len(held) > _MAX_NULL_CHARS or not _NULL.startswith(held.strip().lower())
 
     def _trim(self, text: str) -> str:
         """`text` without the markup at the value's start, and what may be that of its end held back until more
@@ -112,9 +142,17 @@ def parameter_types(schema: dict[str, Any], key: str) -> frozenset[str]:
     return frozenset(_types(_find(schema, key), schema)) or frozenset({_STRING})
 
 
+def parameter_values(schema: dict[str, Any], key: str) -> frozenset[str]:
+    """The strings that a parameter's schema lists: one of them is meant, whatever the spaces around it."""
+    found = _schemas(_find(schema, key), schema)
+    lists = ([one["const"]] if "const" in one else one.get("enum", []) for one in found)
+    return frozenset(value for values in lists for value in values if isinstance(value, str))
+
+
 def has_form(schema: dict[str, Any], key: str) -> bool:
-    """Whether a text of this parameter must have a certain length or pattern."""
-    return any(_FORMS & found.keys() for found in _schemas(_find(schema, key), schema))
+    """Whether a text of this parameter must have a certain length, pattern or format."""
+    found = [*_schemas(_find(schema, key), schema)]
+    return any(_FORMS & one.keys() or one.get("format") in _FORMATS for one in found)
 
 
 def cast(text: str, types: frozenset[str]) -> str:
@@ -136,9 +174,27 @@ def cast(text: str, types: frozenset[str]) -> str:
     return _quote(text)
 
 
+def _match(text: str, values: frozenset[str]) -> str | None:
+    """The one of `values` that a text is, with at most one space of any kind on either side. A newline there is markup
+    rather than part of the value, another space part of it rather than markup."""
+    starts = [text[1:], text] if text[:1] == _NEWLINE else [text, text[1:]] if text[:1] in _SPACES else [text]
+    for start in starts:
+        end = start[-1:]
+        ends = [start[:-1], start] if end == _NEWLINE else [start, start[:-1]] if end in _SPACES else [start]
+        for candidate in ends:
+            if candidate in values:
+                return candidate
+    return None
+
+
 def _find(schema: dict[str, Any], key: str) -> Any:
-    properties = schema.get("properties")
-    return properties.get(key) if isinstance(properties, dict) else None
+    """What a tool's schema says of a parameter, also by alternatives; where it does not list it, of any other."""
+    wholes = [*_schemas(schema, schema)]
+    listed = [one["properties"][key] for one in wholes if key in one.get("properties", {})]
+    others = [child for one in wholes for child in one.get("patternProperties", {}).values()]
+    others += [one["additionalProperties"] for one in wholes if "additionalProperties" in one]
+    found = listed or others
+    return found[0] if len(found) == 1 else {"anyOf": found}
 
 
 def _types(schema: Any, root: dict[str, Any]) -> Iterator[str]:
@@ -161,17 +217,7 @@ def _schemas(schema: Any, root: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for name in ("anyOf", "oneOf", "allOf"):
             schemas += (found.get(name) or [])[:_MAX_SCHEMAS]
         if "$ref" in found:
-            schemas.append(_resolve(found["$ref"], root))
-
-
-def _resolve(reference: str, root: dict[str, Any]) -> Any:
-    """The schema that `#/$defs/Name` points to, None for one that is kept elsewhere."""
-    for keyword in ("$defs", "definitions"):
-        start = f"#/{keyword}/"
-        if reference.startswith(start):
-            name = reference.removeprefix(start).replace("~1", "/").replace("~0", "~")
-            return root.get(keyword, {}).get(name)
-    return None
+            schemas.append(resolve(found["$ref"], root))
 
 
 def _is_json(text: str, kind: type) -> bool:

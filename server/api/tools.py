@@ -13,6 +13,7 @@ import msgspec
 
 from server.api.fields import Fields, decode_json, known_fields, shown, split_list
 from server.api.message_parser import MAX_NAME_CHARS
+from server.api.tool_schemas import NotEnforced, enforceable
 from server.errors import InvalidRequest
 from server.messages import Constraint
 
@@ -44,13 +45,15 @@ _LENGTHS = {"minLength", "maxLength"}
 _STRING_RULES = {"pattern", "format", "enum", "const"}
 # Where the type stands if not in the schema itself.
 _ELSEWHERE = {"$ref", "anyOf", "oneOf", "allOf", "not"}
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _SHOWN_CHARS = 120
 _START_OF_FUNCTION = "<function="
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """One tool, which stands at `where` in the request. `definition` is how the chat template knows it."""
+    """One tool, which stands at `where` in the request. `definition` is how the chat template knows it, `schema` what
+    its arguments must match as far as a grammar enforces it."""
 
     where: str
     name: str
@@ -107,8 +110,10 @@ def build_tools(
     """The same where `tool_choice` and the entries of `tools` have another form: `read_tool` makes a tool of an entry
     and its place."""
     tools, tool_choice = _OLDER_NAMES if is_older else _NAMES
-    if not fields.has(tools):
-        if choice.kind != NONE and fields.has(tool_choice):
+    is_there = fields.has(tools)
+    if not is_there or not split_list(tools, fields.raw(tools), MAX_TOOLS):
+        is_idle = choice in (Choice(NONE), Choice(AUTO) if is_there else Choice(NONE))
+        if fields.has(tool_choice) and not is_idle:
             message = f"{tool_choice} is {choice.kind} without {tools}; give {tools} or leave it out"
             raise InvalidRequest(message, tool_choice)
         return None
@@ -126,7 +131,10 @@ def build_tools(
 def tool_constraint(tools: Tools, after_token_id: int | None) -> Constraint | None:
     """What the output must match so that it calls what `tool_choice` demands, and strict tools by their schemas.
 
-    The text before `after_token_id` is free. None where any text will do.
+    The text before `after_token_id` is free. None where any text will do. Of a tool that must be called but is not
+    strict, keywords that no grammar enforces are passed over, such as `uniqueItems`, `contains`, `not`, `if` and
+    `dependentRequired`, and what cannot be had together; a strict one that has them is refused when it is read. `oneOf`
+    is enforced as `anyOf` for both.
     """
     if tools.choice == AUTO and not tools.strict and tools.allowed is None:
         return None
@@ -269,8 +277,6 @@ def _read_definitions(
     if len(raw) > MAX_TOOLS_BYTES:
         raise InvalidRequest(f"{name} has {len(raw)} bytes of JSON, the limit is {MAX_TOOLS_BYTES}", name)
     entries = split_list(name, raw, MAX_TOOLS)
-    if not entries:
-        raise InvalidRequest(f"{name} is [], it must be a list of at least one entry, or be left out", name)
     definitions, schemas, strict = [], {}, set()
     for i, entry in enumerate(entries):
         tool = read_tool(entry, f"{name}[{i}]")
@@ -302,14 +308,17 @@ def read_function(function: Fields, schema_field: str) -> Tool:
     if not _NAME.fullmatch(name):
         rule = f"1..{MAX_NAME_CHARS} characters without spaces, quotes and angle brackets"
         raise mistake(function.name("name"), name, rule)
-    description, schema, where = function.text("description", ""), function.mapping(schema_field), function.name("")
-    check_schema(where + schema_field, schema)
-    if schema.get("type", "object") != "object":
-        raise mistake(f"{where}{schema_field}.type", schema["type"], "'object'")
+    description, parameters, where = function.text("description", ""), function.mapping(schema_field), function.name("")
+    check_schema(where + schema_field, parameters)
+    if parameters.get("type", "object") != "object":
+        raise mistake(f"{where}{schema_field}.type", parameters["type"], "'object'")
     is_strict = function.boolean("strict", False)
-    if is_strict:
-        _check_strict(where + schema_field, schema)
-    definition = {"name": name, "description": description, "parameters": schema}
+    try:
+        # As OpenAI has it, a function has no arguments where nothing is said of them.
+        schema = enforceable(parameters, is_strict) if function.has(schema_field) else _NO_ARGUMENTS
+    except NotEnforced as error:
+        raise mistake(f"{where}{schema_field}{error.place}", error.value, error.rule) from error
+    definition = {"name": name, "description": description, "parameters": parameters}
     definition = {key: value for key, value in definition.items() if value}
     return Tool(
         where=where.removesuffix("."),
@@ -338,18 +347,6 @@ def check_schema(name: str, schema: Any, depth: int = 0) -> None:
             raise mistake(f"{name}.{keyword}", schema[keyword], rule)
     for place, child in _children(name, schema):
         check_schema(place, child, depth + 1)
-
-
-def _check_strict(name: str, schema: Any) -> None:
-    """Raise InvalidRequest, naming the place, for what no grammar can hold a model to."""
-    if not isinstance(schema, dict):
-        return
-    lengths, others = sorted(_LENGTHS & schema.keys()), sorted({"pattern", "format"} & schema.keys())
-    if lengths and others:
-        rule = f"left out beside {others[0]} where strict is true, since both together cannot be enforced"
-        raise mistake(f"{name}.{lengths[0]}", schema[lengths[0]], rule)
-    for place, child in _children(name, schema):
-        _check_strict(place, child)
 
 
 def _children(name: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

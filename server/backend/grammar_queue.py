@@ -5,7 +5,8 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from server.backend.grammar_compiler import GrammarCompiler, Matcher
+from server.backend.grammar_compiler import GrammarCompiler
+from server.backend.matcher import Matcher
 from server.backend.output_matcher import OutputMatcher
 from server.errors import InvalidRequest, TandemError
 from server.messages import Failed

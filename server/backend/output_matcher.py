@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from server.backend.grammar_compiler import Matcher
 from server.backend.guidance import NOTHING_FOLLOWS
+from server.backend.matcher import Matcher
 from server.backend.token_masks import TokenMasks, pack
 from server.errors import InvalidRequest
 from server.messages import SamplingParams

@@ -122,7 +122,7 @@ def test_errors_are_anthropics(serving: Serving, path: str, fields: Any, status:
         ({"max_tokens": 0}, "max_tokens is 0, it must be in 1.."),
         ({"temperature": 3}, "temperature is 3, it must be in [0, 2]"),
         ({"stop_sequences": [""]}, "stop_sequences has a string of 0 characters"),
-        ({"stop_sequences": ["a"] * 5}, "stop_sequences has 5 entries, the limit is 4"),
+        ({"stop_sequences": ["a"] * 65}, "stop_sequences has 65 entries, the limit is 64"),
         ({"stream": 1}, "stream is 1, it must be true or false"),
         ({"output_config": 5}, "output_config is 5, it must be a JSON object"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type is 'xml', it must be one of text"),

@@ -35,6 +35,10 @@ def turn(role: str, *content: dict[str, Any]) -> dict[str, Any]:
         (turn("user"), [{"role": "user", "content": ""}]),
         (turn("system", TEXT), [{"role": "system", "content": "Hi"}]),
         (
+            turn("assistant", {**USE, "input": '{"x": 1, "y'}),
+            [{"role": "assistant", "content": "", "tool_calls": CALLS}],
+        ),
+        (
             turn("assistant", {"type": "thinking", "thinking": "Look.", "signature": "s"}, TEXT, USE, USE),
             [{"role": "assistant", "content": "Hi", "reasoning_content": "Look.", "tool_calls": CALLS * 2}],
         ),
@@ -63,6 +67,22 @@ def test_a_turn_becomes_messages(message: Any, expected: list[Any]) -> None:
 @pytest.mark.parametrize("system", ["Be", [{"type": "text", "text": "B"}, {"type": "text", "text": "e"}]])
 def test_the_system_prompt_comes_first(system: Any) -> None:
     assert read(system=system).messages == [{"role": "system", "content": "Be"}, USER]
+
+
+def test_turns_of_the_systems_are_one_at_the_beginning_and_the_users_later() -> None:
+    system = turn("system", TEXT)
+    assert read(system="Be", messages=[system, USER, system]).messages == [
+        {"role": "system", "content": "Be\n\nHi"},
+        USER,
+        {"role": "user", "content": "Hi"},
+    ]
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "5"}
+    found = read(messages=[USER, turn("assistant", TEXT, USE), turn("user", result), system])
+    assert found.messages[2:] == [
+        {"role": "tool", "tool_call_id": "t1", "content": "5"},
+        {"role": "tool", "content": "Hi"},
+    ]
+    assert not read(messages=[USER, turn("assistant", TEXT), system]).continues
 
 
 @pytest.mark.parametrize(
@@ -113,8 +133,11 @@ def test_tools_that_are_not_to_be_called_are_none() -> None:
     ("values", "message"),
     [
         ({"messages": []}, "messages is [], it must be a list of at least one entry"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool', it must be user or assistant"),
-        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role is a list of 0 entries, it must be user or"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages[0].role is 'tool', it must be user, assistant or system",
+        ),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role is a list of 0 entries, it must be user, "),
         ({"messages": [{"role": "user"}]}, "messages[0].content is null, it must be a string or a list of blocks"),
         ({"messages": [turn("user", {"type": "image"})]}, "messages[0].content[0].type is 'image', it must be"),
         ({"messages": [turn("user", USE)]}, "messages[0].content[0].type is 'tool_use', it must be one of text, tool_"),

@@ -2,6 +2,7 @@
 
 import time
 
+import anthropic
 import pytest
 from openai import OpenAI
 
@@ -70,6 +71,14 @@ def test_a_wrong_method_is_told_the_right_one(serving: Serving, method: str, pat
 
 def test_a_slash_too_many_is_no_route(serving: Serving) -> None:
     check_error(serving.http.get("/v1/models/", follow_redirects=False), 404, None)
+
+
+def test_the_anthropic_client_lists_the_model(serving: Serving) -> None:
+    client = anthropic.Anthropic(base_url="http://testserver", api_key="-", http_client=serving.http)
+    (model,) = client.models.list()
+    assert (model.id, model.display_name, model.type) == ("tiny", "tiny", "model")
+    assert model.created_at.timestamp() == serving.services.created
+    assert client.models.retrieve("tiny") == model
 
 
 def test_the_openai_client_understands_every_answer(serving: Serving) -> None:

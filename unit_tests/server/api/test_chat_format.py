@@ -1,6 +1,7 @@
 """Chat messages and chunks made of deltas, without a server around them."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from server.api.generation import Choice, Delta, Job
 from server.api.message_parser import ContentPiece, ReasoningPiece, ToolArguments, ToolCallStart
 from server.api.terms import Terms
 from server.api.tools import AUTO, Tools
-from server.messages import SamplingParams
+from server.messages import SamplingParams, TokenLogprobs
 from server.tokenizer import Tokenizer
 
 CALL = "<tool_call>\n<function=f>\n<parameter=x>\na\n</parameter>\n</function>\n</tool_call>"
@@ -48,6 +49,29 @@ def test_a_message_has_what_the_pieces_say_and_null_for_the_rest() -> None:
     assert write_message([ReasoningPiece("hm")])["content"] is None
     assert write_message([ToolCallStart(0, "call_1", "f")])["content"] is None
     assert write_message([])["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "finish_reason", "stop_reason", "told"),
+    [
+        ([70, 71, 2], "stop", None, [[70, 71], [2]]),
+        ([70, 71, 3], "stop", 3, [[70, 71], [3]]),
+        ([2], "stop", None, [[2]]),
+        ([70, 71, 72], "stop", "H", [[70, 71, 72]]),
+        ([70, 71], "length", None, [[70, 71]]),
+    ],
+)
+def test_a_chunk_of_text_has_no_scores_of_a_token_that_ends_the_answer(
+    tokenizer: Tokenizer, token_ids: list[int], finish_reason: str, stop_reason: Any, told: list[list[int]]
+) -> None:
+    job = replace(JOB, sampling=SamplingParams(logprobs=0), tokens_as_ids=True)
+    scores = [TokenLogprobs(-0.5, [], []) for _ in token_ids]
+    last = Delta(0, "FG"[: len(token_ids) - 1], token_ids, scores, finish_reason, stop_reason)
+    _, *chunks = ChatFormat(tokenizer, job, MessageRules()).chunks(last)
+    entries = [[int(entry["token"].split(":")[1]) for entry in chunk["logprobs"]["content"]] for chunk in chunks]
+    assert entries == told
+    assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(told) - 1) + [finish_reason]
+    assert all(chunk["delta"] == {} for chunk in chunks[1:])
 
 
 def test_chunks_have_one_piece_each_and_the_last_one_the_end(tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from server.api.chat_messages import MAX_ARGUMENTS_CHARS, read_messages
+from server.api.chat_messages import MAX_ARGUMENTS_CHARS, merge_messages, read_messages
 from server.api.fields import Fields, known_fields
 from server.errors import InvalidRequest
 
@@ -94,6 +94,41 @@ def test_arguments_become_an_object(arguments: Any, value: dict[str, Any]) -> No
     assert message["tool_calls"][0]["function"]["arguments"] == value
 
 
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ('{"city": "Par', {"city": "Par"}),
+        ('{"city": "Par\\u00', {"city": "Par"}),
+        ('{"city": "Paris", "days": [1, {"x": "y', {"city": "Paris", "days": [1, {"x": "y"}]}),
+        ('{"city": "Paris", "da', {"city": "Paris"}),
+        ('{"city": "Paris", "days":', {"city": "Paris"}),
+        ('{"city": "Paris", "days": tru', {"city": "Paris"}),
+        ('{"city": "Paris", "days": 1.', {"city": "Paris"}),
+        (" {", {}),
+    ],
+)
+def test_arguments_that_were_cut_off_are_what_there_is_of_them(arguments: str, value: dict[str, Any]) -> None:
+    (read_call,) = read_one({"role": "assistant", "tool_calls": [call(arguments)]})["tool_calls"]
+    assert read_call == call(value)
+    older = read_one({"role": "assistant", "function_call": {"name": "f", "arguments": arguments}})
+    assert older["tool_calls"][0]["function"]["arguments"] == value
+
+
+@pytest.mark.parametrize(
+    "arguments", ["Paris", "[1]", "[1", '"x"', "5", "-", "null", '{"x": 1,}', '{"x": 1} y', "{'x': 1"]
+)
+def test_arguments_that_are_no_object_are_one_argument(arguments: str) -> None:
+    (read_call,) = read_one({"role": "assistant", "tool_calls": [call(arguments)]})["tool_calls"]
+    assert read_call == call({"arguments": arguments})
+
+
+def test_a_call_can_be_cut_off_anywhere() -> None:
+    whole = '{"city": "Osló \\" \\ud83d\\ude00", "n": [1, -2.5e3, {"k": null, "b": true}], "s": ""}'
+    for length in range(1, len(whole)):
+        (read_call,) = read_one({"role": "assistant", "tool_calls": [call(whole[:length])]})["tool_calls"]
+        assert set(read_call["function"]["arguments"]) <= {"city", "n", "s"}
+
+
 def test_long_arguments_are_read() -> None:
     arguments = json.dumps({"text": "x" * 500_000})
     message = read_one({"role": "assistant", "tool_calls": [call(arguments)]})
@@ -124,13 +159,7 @@ def calling(*calls: Any) -> list[Any]:
         (calling(5), "messages[1].tool_calls[0]", "messages[1].tool_calls[0] is 5, it must be a JSON object"),
         (calling({}), "messages[1].tool_calls[0].function", "function is null, it must be a JSON object"),
         (calling(call("{}", name=None)), "messages[1].tool_calls[0].function.name", "name is null"),
-        (
-            calling(call("{}"), call("{")),
-            "messages[1].tool_calls[1].function.arguments",
-            "messages[1].tool_calls[1].function.arguments is not valid JSON",
-        ),
-        (calling(call("[1]")), "messages[1].tool_calls[0].function.arguments", "it must be the JSON of an object"),
-        (calling(call('"x"')), "messages[1].tool_calls[0].function.arguments", "it must be the JSON of an object"),
+        (calling(call([1])), "messages[1].tool_calls[0].function.arguments", "it must be the JSON of an object"),
         (calling(call(5)), "messages[1].tool_calls[0].function.arguments", "it must be the JSON of an object"),
         (calling(call('{"a":' * 5000)), "messages[1].tool_calls[0].function.arguments", "arguments is"),
         (
@@ -148,3 +177,37 @@ def test_a_mistake_is_named_with_its_message(messages: list[Any], param: str, me
     assert message in caught.value.message
     assert caught.value.param == param
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("roles", "placed"),
+    [
+        (["system", "user"], ["system:0", "user:1"]),
+        (["system", "developer", "system", "user"], ["system:0\n\n1\n\n2", "user:3"]),
+        (["user", "system"], ["user:0", "user:1"]),
+        (["system", "user", "developer", "user"], ["system:0", "user:1", "user:2", "user:3"]),
+        (["user", "assistant", "system", "user"], ["user:0", "assistant:1", "user:2", "user:3"]),
+        (["user", "tool", "system", "system"], ["user:0", "tool:1", "tool:2", "tool:3"]),
+        (["system"], ["system:0"]),
+    ],
+)
+def test_a_system_message_is_only_at_the_beginning(roles: list[str], placed: list[str]) -> None:
+    found = read(*[{"role": role, "content": str(i)} for i, role in enumerate(roles)])
+    assert [f"{message['role']}:{message['content']}" for message in found] == placed
+
+
+def test_a_system_message_behind_calls_is_one_more_result() -> None:
+    found = read(*calling(call("{}")), {"role": "system", "content": "a"}, {"role": "tool", "content": "b"})
+    assert [message["role"] for message in found] == ["user", "assistant", "tool", "tool"]
+
+
+def test_parts_of_a_message_are_one() -> None:
+    one = {"id": "c", "function": {}}
+    parts = [
+        {"role": "assistant", "content": "", "reasoning_content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [one]},
+        {"role": "assistant", "content": "c", "tool_calls": [one], "reasoning_content": "d"},
+    ]
+    expected = {"role": "assistant", "content": "b--c", "reasoning_content": "ad", "tool_calls": [one, one]}
+    assert merge_messages(parts, "--") == expected
+    assert merge_messages(parts[:1]) == parts[0]

@@ -248,7 +248,7 @@ def test_a_minimum_of_tokens_goes_before_the_end_of_a_call(scripted: ScriptedSer
     assert scripted.http.post(PATH, json=fields).json()["usage"]["completion_tokens"] == least
 
 
-@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}])
+@pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [WEATHER], "tool_choice": "none"}])
 def test_without_tools_a_call_is_text(scripted: ScriptedServing, fields: Any) -> None:
     scripted.say(CALL)
     choice = scripted.ask(**fields)
@@ -401,7 +401,7 @@ def test_a_conversation_with_tools_goes_on(scripted: ScriptedServing) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": []}, "tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [WEATHER], "parallel_tool_calls": 1}, "parallel_tool_calls"),
@@ -421,11 +421,11 @@ def test_a_mistake_is_a_plain_error_that_names_the_field(
     assert scripted.engine.requests == []
 
 
-def test_arguments_that_are_no_json_are_named_with_their_message(scripted: ScriptedServing) -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{"}}
+def test_arguments_that_are_neither_text_nor_an_object_are_named_with_their_message(scripted: ScriptedServing) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": [5]}}
     body = {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [call]}]}
     where = "messages[1].tool_calls[0].function.arguments"
-    check_error(scripted.http.post(PATH, json=body), 400, where, where, "not valid JSON")
+    check_error(scripted.http.post(PATH, json=body), 400, where, where, "must be the JSON of an object")
 
 
 def test_null_is_the_default_of_every_field(scripted: ScriptedServing) -> None:

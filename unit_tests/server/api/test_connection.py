@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -403,6 +404,15 @@ def test_what_is_sent_ahead_takes_bounded_memory_and_is_answered_in_turn(visit) 
         writer.close()
 
     visit(visitor, patience=DEADLINE_SECONDS)
+
+
+def test_an_upgrade_is_passed_over_and_is_nothing_for_the_log(visit, caplog: pytest.LogCaptureFixture) -> None:
+    async def visitor(site: Site) -> None:
+        answer = await site.ask(GET + b"Connection: upgrade, close\r\nUpgrade: websocket\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+    visit(visitor)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def talk(method: str, headers: list[tuple[str, str]], *rest: h11.Event) -> list[bytes | None]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from server.api.conversations import merge_messages
 from unit_tests.server.api.conftest import ScriptedServing, Serving
 from unit_tests.server.api.test_requests import check_error
 
@@ -132,20 +131,58 @@ def test_common_fields_have_common_limits(
 
 
 def test_what_the_template_refuses_is_the_field_that_it_came_in(scripted: ScriptedServing) -> None:
-    body = {"input": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}
-    check_error(scripted.http.post(RESPONSES, json=body), 400, "input", "System message must be at the beginning")
+    body = {"input": [{"role": "user", "content": "a"}, {"role": "critic", "content": "b"}]}
+    check_error(scripted.http.post(RESPONSES, json=body), 400, "input", "Unexpected message role: critic")
 
 
-def test_parts_of_a_message_are_one() -> None:
-    call = {"id": "c", "function": {}}
-    parts = [
-        {"role": "assistant", "content": "", "reasoning_content": "a"},
-        {"role": "assistant", "content": "b", "tool_calls": [call]},
-        {"role": "assistant", "content": "c", "tool_calls": [call], "reasoning_content": "d"},
-    ]
-    expected = {"role": "assistant", "content": "b--c", "reasoning_content": "ad", "tool_calls": [call, call]}
-    assert merge_messages(parts, "--") == expected
-    assert merge_messages(parts[:1]) == parts[0]
+def say(role: str, content: str) -> dict[str, str]:
+    """A turn as all three APIs have it."""
+    return {"role": role, "content": content}
+
+
+def prompts_of(scripted: ScriptedServing, system: str, *turns: dict[str, str]) -> set[str]:
+    """The prompt of a conversation, as each API makes it."""
+    bodies: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": [say("system", system), *turns]},
+        RESPONSES: {"instructions": system, "input": list(turns)},
+        MESSAGES: {"system": system, "messages": list(turns), "max_tokens": 9},
+    }
+    prompts = set()
+    for path, body in bodies.items():
+        answer = scripted.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        prompts.add(scripted.prompt())
+    return prompts
+
+
+def test_system_messages_anywhere_are_read_alike(scripted: ScriptedServing) -> None:
+    turns = [say("user", "Hi"), say("assistant", "Hello"), say("system", "Be kind."), say("user", "Go on")]
+    (before,) = prompts_of(scripted, "Be brief.\n\nBe quick.", *turns[:1])
+    (prompt,) = prompts_of(scripted, "Be brief.", say("system", "Be quick."), *turns)
+    start = before.removesuffix("<think>\n\n</think>\n\n")
+    assert prompt.startswith(start + "Hello")
+    marks = [prompt.index(text) for text in ("system\nBe brief.\n\nBe quick.", "user\nBe kind.", "user\nGo on")]
+    assert marks == sorted(marks)
+
+
+def test_a_system_message_amid_calls_leaves_what_is_before_it_as_it_was(scripted: ScriptedServing) -> None:
+    prompts = set()
+    for path, make, field in (
+        (CHAT, chat, "messages"),
+        (RESPONSES, responses, "input"),
+        (MESSAGES, messages, "messages"),
+    ):
+        body = make(True, False, CHOICES[0])
+        assert scripted.http.post(path, json=body).status_code == 200
+        before = scripted.prompt()
+        body[field].append(say("system", "Be kind."))
+        answer = scripted.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        prompts.add(scripted.prompt())
+        shared = before[: before.index("</tool_response>") + len("</tool_response>")]
+        assert scripted.prompt().startswith(shared + "\n<tool_response>\nBe kind.\n</tool_response>")
+        assert "Cold?" in shared
+    assert len(prompts) == 1
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000

@@ -1,10 +1,12 @@
 """Functions, the older form of tools, and what cannot be had together with a call that must be made."""
 
+import json
 from typing import Any
 
 import openai
 import pytest
 
+from server.messages import Constraint
 from unit_tests.server.api.conftest import ARGUMENTS, CALL, ScriptedServing
 from unit_tests.server.api.test_chat_tools import CLOCK, MESSAGES, PATH, WEATHER
 from unit_tests.server.api.test_requests import check_error
@@ -60,7 +62,6 @@ def test_a_function_call_and_its_result_read_like_those_of_a_tool(scripted: Scri
 @pytest.mark.parametrize(
     "constraint",
     [
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}},
         {"structured_outputs": {"regex": "a+"}},
         {"guided_choice": ["a"]},
         {"ebnf": 'root ::= "a"'},
@@ -86,10 +87,30 @@ def test_a_call_that_must_be_made_leaves_no_room_for_another_form(
     assert scripted.http.post(PATH, json={"messages": MESSAGES, **auto, **constraint}).status_code == 200
 
 
+def constraint_of(scripted: ScriptedServing, **fields: Any) -> Constraint | None:
+    """What the engine is told that the answer to this must match."""
+    assert scripted.http.post(PATH, json={"messages": MESSAGES, "tools": [WEATHER], **fields}).status_code == 200
+    return scripted.engine.requests[-1].sampling.constraint
+
+
+def test_a_format_holds_for_a_message_without_calls(scripted: ScriptedServing) -> None:
+    form = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}}
+    call = constraint_of(scripted, tool_choice="required")
+    assert call is not None and call.kind == "structural_tag"
+    assert constraint_of(scripted, **form, tool_choice="required") == call
+    found = constraint_of(scripted, **form)
+    assert found is not None and (found.kind, json.loads(found.text)) == ("json_schema", {"type": "object"})
+    assert found.alternative == (call.kind, call.text)
+    without = constraint_of(scripted, **form, tool_choice="none")
+    assert without is not None and without.alternative is None
+    regex = constraint_of(scripted, guided_regex="a+")
+    assert regex is not None and regex.alternative is None
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"functions": []}, "functions"),
+        ({"functions": [], "function_call": {"name": "weather"}}, "function_call"),
         ({"functions": [{"name": "a b"}]}, "functions"),
         ({"functions": FUNCTIONS, "function_call": "required"}, "function_call"),
         ({"functions": FUNCTIONS, "function_call": 5}, "function_call"),

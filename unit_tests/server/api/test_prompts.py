@@ -60,7 +60,6 @@ def test_a_wrong_prompt_is_explained(serving: Serving, value: Any, message: str)
         ([{"role": "user", "content": ["text"]}], 'content[0] is "text", it must be a JSON object'),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text is null"),
-        ([*MESSAGES, {"role": "system", "content": "x"}], "system comes first"),
         ([{"role": "assistant", "reasoning_content": 5}], "messages[0].reasoning_content is 5"),
         (MESSAGES * 4097, "more than 4096 entries"),
         ([{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}], "more than 1024 entries"),

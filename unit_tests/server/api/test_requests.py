@@ -44,7 +44,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("min_tokens", 200, "max_tokens"),
     ("stop", "", "1..1024"),
     ("stop", [""], "1..1024"),
-    ("stop", ["a"] * 5, "has 5 entries, the limit is 4"),
+    ("stop", ["a"] * 65, "has 65 entries, the limit is 64"),
     ("stop", "x" * 100_000, "1..1024"),
     ("stop", "x" * 1_000_000, "bytes"),
     ("stop", [5], "string"),

@@ -211,7 +211,8 @@ def test_a_response_that_is_cancelled_ends_where_it_is(make_serving) -> None:
                     answer.cancel()
         stored = store.get(answer.id)
         assert json.loads(stored.body) == found[-1]["response"]
-        assert (stored.num_input, len(json.loads(stored.items))) == (len(answer.items), 2)
+        assert json.loads(stored.input_items) == [json.loads(item) for item in answer.items]
+        assert [json.loads(item) for item in stored.own_items.values()] == found[-1]["response"]["output"]
         return found
 
     events = asyncio.run(run())

@@ -186,7 +186,63 @@ def test_a_call_that_was_cut_off_does_not_break_the_conversation(scripted: Scrip
     scripted.say(CALL)
     first = ask(scripted, tools=[WEATHER], max_output_tokens=len(scripted.tokenizer.encode(CALL[: CALL.index("lo\n")])))
     assert (first["output"][0]["type"], first["status"]) == ("function_call", "incomplete")
-    assert ask(scripted, tools=[WEATHER], previous_response_id=first["id"])["status"] == "completed"
+    (call,) = first["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "incomplete"}
+    scripted.say("I try again.")
+    ask(scripted, tools=[WEATHER], previous_response_id=first["id"], input=[result])
+    prompt = scripted.prompt()
+    assert "<parameter=city>\nOslo\n</parameter>" in prompt and "incomplete" in prompt
+    ask(scripted, tools=[WEATHER], input=[{"role": "user", "content": "hi"}, call, result])
+    assert scripted.prompt() == prompt
+
+
+def test_a_reference_is_the_item_of_a_response_that_was_stored(scripted: ScriptedServing) -> None:
+    client = make_client(scripted)
+    scripted.say(ANSWER)
+    question: Any = {"role": "user", "content": "How warm is it?"}
+    first = client.responses.create(model="tiny", input=[question], tools=[WEATHER], reasoning={"effort": "low"})
+    results: Any = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "0"}
+        for item in first.output
+        if item.type == "function_call"
+    ]
+    scripted.say("Zero.")
+    references: Any = [{"type": "item_reference", "id": item.id} for item in first.output]
+    second = client.responses.create(model="tiny", input=[question, *references, *results], tools=[WEATHER])
+    prompt = scripted.prompt()
+    client.responses.create(model="tiny", input=results, previous_response_id=first.id, tools=[WEATHER])
+    assert scripted.prompt() == prompt and "It is cold." in prompt
+    found = list(client.responses.input_items.list(second.id, order="asc"))
+    assert [item.id for item in found[1:5]] == [item.id for item in first.output]
+    ask(scripted, tools=[WEATHER], previous_response_id=second.id)
+    assert scripted.prompt().count("<tool_response>\n0\n") == 2 and "Zero." in scripted.prompt()
+
+
+def test_an_item_that_is_not_there_is_named(scripted: ScriptedServing) -> None:
+    scripted.say("Zero.")
+    kept, lost = ask(scripted), ask(scripted, store=False)
+    scripted.http.delete(f"{PATH}/{kept['id']}")
+    for response in (kept, lost):
+        reference = {"type": "item_reference", "id": response["output"][0]["id"]}
+        answer = scripted.http.post(PATH, json={"input": [{"role": "user", "content": "hi"}, reference]})
+        check_error(answer, 404, "input[1].id", f"Item with id '{reference['id']}' not found")
+    answer = scripted.http.post(PATH, json={"input": [{"type": "item_reference"}]})
+    check_error(answer, 400, "input[0].id", "input[0].id is null, it must be a string")
+
+
+def test_settings_without_an_effect_are_repeated(scripted: ScriptedServing) -> None:
+    fields = {"max_tool_calls": 3, "prompt_cache_key": "k", "safety_identifier": "s", "truncation": "disabled"}
+    response = ask(scripted, text={"verbosity": "low"}, **fields)
+    assert response.items() >= fields.items()
+    assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+    assert [ask(scripted)[name] for name in fields] == [None, None, None, "disabled"]
+    assert ask(scripted, truncation="auto")["truncation"] == "disabled", "as it is"
+
+
+def test_usage_tells_all_that_the_official_client_asks_for(scripted: ScriptedServing) -> None:
+    assert set(ask(scripted)["usage"]["input_tokens_details"]) == {"cached_tokens", "cache_write_tokens"}
+    usage = make_client(scripted).responses.create(model="tiny", input="hi").usage
+    assert usage is not None and type(usage).model_validate(usage.to_dict()) == usage
 
 
 @pytest.mark.parametrize(
@@ -226,6 +282,11 @@ def test_a_call_that_was_cut_off_does_not_break_the_conversation(scripted: Scrip
         ("tool_choice", "required", "tool_choice is required without tools"),
         ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [CLOCK]}, "tool_choice is auto without"),
         ("parallel_tool_calls", 1, "true or false"),
+        ("truncation", "none", "truncation is 'none', it must be auto or disabled"),
+        ("truncation", 5, "truncation is 5, it must be a string"),
+        ("max_tool_calls", "x", "max_tool_calls is 'x', it must be an integer"),
+        ("prompt_cache_key", 5, "prompt_cache_key is 5, it must be a string"),
+        ("text", {"verbosity": "huge"}, "text.verbosity is 'huge', it must be one of low, medium, high"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -261,7 +322,7 @@ def test_a_conversation_that_was_stored_is_read_off_the_event_loop(
 
 def test_unknown_fields_are_ignored_and_null_is_the_default(serving: Serving) -> None:
     names = ("instructions", "metadata", "text", "reasoning", "tools", "tool_choice", "include", "background", "top_p")
-    response = ask(serving, no_such_field=[1], truncation="auto", service_tier="flex", **dict.fromkeys(names))
+    response = ask(serving, no_such_field=[1], service_tier="flex", **dict.fromkeys(names))
     assert (response["status"], response["metadata"], response["tools"]) == ("completed", {}, [])
 
 

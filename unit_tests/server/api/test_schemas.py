@@ -41,7 +41,7 @@ def test_every_field_may_be_null_but_the_one_that_is_needed(schema: Schema) -> N
         ("completion", {"prompt": [1, 2], "unknown": 5, "temperature": None}, True),
         ("completion", {"prompt": [[1], [2]], "stop": ["a"] * 4, "logit_bias": {"5": -100}}, True),
         ("completion", {"prompt": "", "n": 1}, False),
-        ("completion", {"prompt": "a", "stop": ["a"] * 5}, False),
+        ("completion", {"prompt": "a", "stop": ["a"] * 65}, False),
         ("completion", {"prompt": [True]}, False),
         ("completion", {"prompt": "a", "temperature": 2.1}, False),
         ("completion", {}, False),

@@ -205,3 +205,47 @@ def test_what_may_still_become_null_is_held_back_and_no_longer() -> None:
 
 def test_keys_are_escaped() -> None:
     assert json.loads("".join(write({}, ('a"b\\', ["c"])))) == {'a"b\\': "c"}
+
+
+@pytest.mark.parametrize(
+    "rules", [{"enum": ["Ann", " x", "y "]}, {"$ref": "#/$defs/name"}, {"anyOf": [{"const": "Ann"}]}]
+)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, "Ann") for text in ("Ann", " Ann", "Ann\t", "\nAnn\n", "\rAnn ")),
+        ("\nAnna\n", "Anna"),
+        ("\n" + "Anna " * 9, "Anna " * 9),
+        ("  Ann", "  Ann"),
+    ],
+)
+def test_a_listed_value_is_told_without_spaces_around_it(rules: dict[str, Any], text: str, value: str) -> None:
+    schema = {"properties": {"x": rules}, "$defs": {"name": {"enum": ["Ann"]}}}
+    for parts in ([text], list(text)):
+        assert json.loads("".join(write(schema, ("x", parts)))) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(" x", " x"), ("  x", " x"), ("\n x\n", " x"), ("x", "x"), ("\tx", "x"), ("y \n", "y "), ("\n\nz\n", "\nz")],
+)
+def test_a_listed_value_may_have_spaces_of_its_own(text: str, value: str) -> None:
+    schema = {"properties": {"x": {"enum": [" x", "x", "y ", "\nz"]}}}
+    assert json.loads("".join(write(schema, ("x", [*text])))) == {"x": value}
+
+
+def test_a_text_is_held_back_while_it_may_be_a_listed_value() -> None:
+    schema = {"properties": {"x": {"anyOf": [{"const": "Ann"}, {"type": "string"}]}}}
+    assert write(schema, ("x", ["\nAn", "nabel", "la\n"])) == ["", "", '{"x": "Annabel', "la", '"', "}"]
+    mixed = {"properties": {"x": {"enum": ["a", 1, None]}}}
+    assert [write(mixed, ("x", [text]))[2] for text in (" a", "1 ", "null")] == ['{"x": "a"', '{"x": 1', '{"x": null']
+
+
+def test_a_text_of_a_format_has_no_spaces_around_it() -> None:
+    schema = {"properties": {"x": {"type": "string", "format": "date"}}}
+    assert "".join(write(schema, ("x", [" 2026-01-01\t"]))) == '{"x": "2026-01-01"}'
+
+
+def test_parameters_are_found_in_alternatives_and_among_others() -> None:
+    schema = {"anyOf": [{"properties": {"x": {"type": "integer"}}}, {"additionalProperties": {"type": "boolean"}}]}
+    assert parameter_types(schema, "x") == {"integer"} and parameter_types(schema, "y") == {"boolean"}

@@ -56,7 +56,8 @@ def test_definitions_stay_as_they_came() -> None:
     assert tools is not None
     assert tools.definitions[:2] == [WEATHER, CLOCK]
     assert tools.definitions[2]["x"] == {"deep": [1]} and "y" in tools.definitions[2]["function"]
-    assert tools.schemas == {"weather": PARAMETERS, "clock": {}, "other": {}}
+    nothing = {"type": "object", "properties": {}}
+    assert tools.schemas == {"weather": PARAMETERS, "clock": nothing, "other": nothing}
     assert tools.strict == {"other"}
     assert (tools.choice, tools.allowed, tools.is_parallel) == (AUTO, None, True)
 
@@ -81,7 +82,18 @@ def test_the_choice_is_auto_unless_it_is_said(values: Any, choice: tuple[str, tu
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"tools": None}, {"tool_choice": "none"}, {"tools": [CLOCK], "tool_choice": "none"}]
+    "values",
+    [
+        {},
+        {"tools": None},
+        {"tool_choice": "none"},
+        {"tools": [CLOCK], "tool_choice": "none"},
+        {"tools": []},
+        {"tools": [], "tool_choice": None, "parallel_tool_calls": True},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": [], "tool_choice": "none"},
+        {"functions": [], "function_call": "auto"},
+    ],
 )
 def test_no_tools_and_tools_that_are_not_to_be_called_are_the_same(values: Any) -> None:
     assert read(**values) is None
@@ -98,7 +110,9 @@ def nested(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tools": []}, "tools is [], it must be a list of at least one entry"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice is required without tools"),
+        ({"tools": [], "tool_choice": CHOOSE_CLOCK}, "tool_choice is named without tools"),
+        ({"tools": [], "tool_choice": allow("auto", CHOOSE_CLOCK)}, "tool_choice is auto without tools"),
         ({"tools": {}}, "tools is {}, it must be a list"),
         ({"tools": "x"}, "tools is"),
         ({"tools": [5]}, "tools[0] is 5, it must be a JSON object"),
@@ -273,8 +287,18 @@ def test_required_without_parallel_calls_is_one_call() -> None:
 
 def test_a_named_function_is_called_once() -> None:
     found = constraint(WEATHER, CLOCK, tool_choice=CHOOSE_CLOCK)
-    assert matches(found, TIME) and matches(found, FREE)
+    assert matches(found, TIME)
+    assert not matches(found, FREE)
     assert not matches(found, CALL) and not matches(found, f"{TIME}\n{TIME}") and not matches(found, "")
+
+
+def test_a_function_that_says_nothing_of_its_parameters_has_none_where_they_are_enforced() -> None:
+    for values in ({"tool_choice": "required"}, {"tool_choice": CHOOSE_CLOCK}):
+        assert matches(constraint(CLOCK, **values), TIME) and not matches(constraint(CLOCK, **values), FREE)
+        assert matches(constraint(tool("clock", parameters={}), **values), FREE)
+    found = constraint(tool("clock", strict=True))
+    assert matches(found, TIME) and not matches(found, FREE)
+    assert constraint(CLOCK) is None
 
 
 def test_a_strict_tool_is_called_by_its_schema_if_at_all() -> None:
@@ -365,3 +389,54 @@ def test_lengths_hold_inside_of_lists_and_objects() -> None:
     found = constraint(tool(parameters=shape), tool_choice="required")
     for value, is_match in (('["abc", ""]', True), ("7", True), ('["abcd"]', False), ('["a"b"]', False)):
         assert matches(found, CALL.replace("Oslo", value)) is is_match
+
+
+LISTED = {"enum": ["Oslo", " Rome", "Rome", "Bonn ", "\nKiel"]}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [LISTED, {"$ref": "#/$defs/c"}, {"anyOf": [LISTED, {"type": "null"}]}, {"allOf": [{"$ref": "#/$defs/c"}]}],
+    ids=lambda rules: next(iter(rules)),
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_value_that_is_listed_is_read_as_it_is_listed(rules: dict[str, Any], strict: bool) -> None:
+    parameters = {"type": "object", "properties": {"city": rules}, "required": ["city"], "$defs": {"c": LISTED}}
+    tools = read(tools=[tool(parameters=parameters, strict=strict)], tool_choice="required")
+    assert tools is not None
+    found = tool_constraint(tools, after_token_id=7)
+    for before in ("", " ", "\t", "\r", "\n"):
+        for city in LISTED["enum"]:
+            for after in ("", " ", "\t", "\r", "\n"):
+                text = before + city + after
+                assert matches(found, CALL.replace("\nOslo\n", text))
+                writer = ArgumentWriter(tools.schemas["weather"])
+                written = [writer.open("city"), *map(writer.push, text), writer.close(), writer.finish()]
+                assert json.loads("".join(written))["city"] in LISTED["enum"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "fitting", "others"),
+    [
+        ({"allOf": [{"type": "integer"}, {"minimum": 3, "maximum": 5}]}, ["3", "5"], ["2", "6", "x"]),
+        ({"allOf": [{"type": "string"}, {"enum": ["z"]}]}, ["z"], ["y"]),
+        ({"type": "string", "anyOf": [{"enum": ["z", 3]}, {"const": "x"}]}, ["z", "x"], ["3", "y"]),
+        ({"$ref": "#/$defs/n", "minimum": 5}, ["5"], ["4"]),
+        ({"enum": ["z", 3, 7], "minimum": 5}, ["z", "7"], ["3"]),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_all_that_is_said_of_a_value_is_enforced(
+    rules: dict[str, Any], fitting: list[str], others: list[str], strict: bool
+) -> None:
+    parameters = {"properties": {"city": rules}, "required": ["city"], "$defs": {"n": {"type": "integer"}}}
+    found = constraint(tool(parameters=parameters, strict=strict), tool_choice="required")
+    assert all(matches(found, CALL.replace("Oslo", value)) for value in fitting)
+    assert not any(matches(found, CALL.replace("Oslo", value)) for value in others)
+
+
+def test_alternatives_of_the_parameters_are_enforced() -> None:
+    either = [{"required": ["city"]}, {"required": ["days"]}]
+    found = constraint(tool(parameters={"properties": PARAMETERS["properties"], "anyOf": either}, strict=True))
+    assert matches(found, CALL) and matches(found, TWO)
+    assert not matches(found, TIME.replace("clock", "weather"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.backend.grammar_compiler import Matcher
+from server.backend.matcher import Matcher
 from server.backend.token_masks import TokenMasks
 from unit_tests.checkpoints import IM_END, PLAIN_TOKENS, SPECIAL_TOKENS, TOKENIZER_SIZE, write_tokenizer
 

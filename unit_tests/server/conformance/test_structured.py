@@ -9,6 +9,8 @@ import openai
 import pydantic
 import pytest
 
+from server.config import DEMO_MODEL
+from server.tokenizer import Tokenizer
 from unit_tests.server.conformance.answers import CHAT, COMPLETIONS, STRANGE_QUESTION, Answer, ask, assert_same, say
 from unit_tests.server.conformance.conftest import Pair
 
@@ -79,6 +81,8 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
     "structural_tag": ({"response_format": TAG}, lambda text: is_order(text.removeprefix("<o>").removesuffix("</o>"))),
 }
 LENGTH = 120
+PLACE = {"type": "object", "properties": {"location": {"type": "string", "maxLength": 20}}, "required": ["location"]}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PLACE}}
 
 
 @ENDPOINT
@@ -123,6 +127,19 @@ def test_a_constraint_goes_with_everything_else(pair: Pair, endpoint: str) -> No
     assert '"count"' not in (stopped.first.text or "") and stopped.first.stop_reason == '"count"'
     cut = pair.ask(endpoint, response_format=SCHEMA_FORMAT, max_tokens=3, temperature=0)
     assert (cut.num_tokens, cut.first.finish_reason) == (3, "length")
+
+
+@LAW
+@pytest.mark.parametrize("city", ["Paris", "Rome", "Lima"])
+def test_with_tools_an_answer_is_a_call_or_matches(pair: Pair, law: dict[str, Any], city: str) -> None:
+    fields = {**say(CHAT, f"What is the weather in {city}?"), "tools": [WEATHER], "max_tokens": LENGTH, **law}
+    called = pair.ask(CHAT, **fields, response_format=SCHEMA_FORMAT).first
+    ((name, text),) = called.calls
+    assert name == "get_weather" and json.loads(text).keys() == {"location"}
+    assert called.finish_reason == "tool_calls" and not called.text
+    (brace,) = Tokenizer(DEMO_MODEL).encode('{"')
+    told = pair.ask(CHAT, **fields, response_format=SCHEMA_FORMAT, logit_bias={str(brace): 100}).first
+    assert told.finish_reason == "stop" and is_order(told.text or "") and not told.calls
 
 
 def test_many_at_once_all_match_and_are_what_each_is_alone(pair: Pair) -> None:
