@@ -210,7 +210,8 @@ def warm_up_prefill(
         view = table.view([1], is_verify=False, num_pages=table.page_table.shape[1])
         forward = ForwardBatch(token_ids, positions, (count,), replace(view, host_starts=(0,)))
         last, hidden = positions[-1:], target(forward)
-        sampler.draw_by_table(target.compute_logits(hidden[-1:]), torch.ones_like(last), last + 1)
+        if table.rules is not None:  # else torch draws
+            sampler.draw_by_table(target.compute_logits(hidden[-1:]), torch.ones_like(last), last + 1)
         if draft is not None:
             for layer in range(draft.num_layers):
                 draft(token_ids, hidden, forward, layer, last)

@@ -215,8 +215,10 @@ def test_flashinfer_that_cannot_compile_is_one_line(
     )
 
 
-def test_the_warm_up_runs_every_layer_and_leaves_a_new_row(checkpoint: Path) -> None:
-    with triton_takes("cpu"):
+@pytest.mark.parametrize("takes", ["cpu", "cuda"])
+def test_the_warm_up_runs_every_layer_and_leaves_a_new_row(checkpoint: Path, takes: str) -> None:
+    """With Triton's kernels and with torch's."""
+    with triton_takes(takes):
         runner = make_runner(checkpoint, mtp_step=2)
         warm_up_prefill(runner.target, runner.draft, runner.table, runner.sampler, 8)
     gdn, kv = runner.table.cache.gdn, runner.table.cache.kv.data
